@@ -6932,38 +6932,42 @@ class ContactExporter:
         return ", ".join(filter(None, words))
 
 
-def is_taken(path: Path) -> bool:
-    """Whether a name is taken; an empty file is what a killed export leaves."""
-    return os.path.lexists(str(path)) and not (
-        path.is_file() and not path.is_symlink() and path.stat().st_size == 0
-    )
+def check_free(path: Path) -> None:
+    """Refuse a name that is taken, but for an empty file, which a killed export leaves.
+
+    Raises FatalError(2).
+    """
+    is_left = path.is_file() and not path.is_symlink() and path.stat().st_size == 0
+    if os.path.lexists(str(path)) and not is_left:
+        words = f"{path} already exists and was not changed"
+        raise FatalError(EXIT_USAGE, f"{words}; name a file that does not exist yet")
 
 
 def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file aside and give it its name in one step that fails where the name is taken.
 
     A file system without hard links knows no such step: there an empty file takes the name first.
-    Raises FileExistsError where another file has the name, OSError where the disk fails; then
-    nothing is left.
+    Raises FatalError(2) where another file has the name, OSError where the disk fails; then nothing
+    is left.
     """
     aside = path.with_name(f".{path.name[:80]}.{os.getpid()}")
     try:
         with contextlib.suppress(FileNotFoundError):
             aside.unlink()
         environment.create_file(aside, chunks)
-        if is_taken(path):
-            raise FileExistsError(str(path))
+        check_free(path)
         if not os.path.lexists(str(path)):
             try:
                 os.link(str(aside), str(path))
                 aside.unlink()
                 environment.fsync_dir(path.parent)
                 return
-            except FileExistsError:
-                raise
             except (OSError, AttributeError, NotImplementedError):
                 path.touch(mode=0o600, exist_ok=False)
         environment.rename_into_place(aside, path)
+    except FileExistsError:  # since just now
+        check_free(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -9278,21 +9282,6 @@ Exit codes:
 """ + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-def checked(
-    convert: Callable[[str], T], is_good: Callable[[T], Any], what: str
-) -> Callable[[str], T]:
-    """Return a type for argparse: it refuses what is not `what`."""
-
-    def read(text: str) -> T:
-        with contextlib.suppress(ValueError):
-            value = convert(text)
-            if is_good(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not {what}")
-
-    return read
-
-
 class OptionParser(argparse.ArgumentParser):
     """Prints what is wrong with an option first, then the usage."""
 
@@ -9329,15 +9318,6 @@ def build_parser() -> OptionParser:
     )
     parser.goes_with = {}
     planning = ("merge", "preview", "check")
-    count = checked(int, lambda number: number >= 1, "a whole number of at least 1")
-    seconds = checked(
-        float, lambda number: 0 < number <= 86400, "a number of seconds above 0, up to 86400"
-    )
-    domain = checked(
-        lambda text: re.sub("^@", "", email_key(text)),
-        re.compile(r"[^\s@,;]+$").match,
-        "a domain such as example.com",
-    )
 
     path: Json = {"metavar": "PATH", "type": Path}
     several: Json = {"nargs": "+", "action": "extend"}
@@ -9370,7 +9350,7 @@ def build_parser() -> OptionParser:
         "merge at most N pairs in this run",
         (*planning, "undo"),
         metavar="N",
-        type=count,
+        type=int,
     )
     words = "merge only if the plan's ID is still this one"
     add("--plan", words, ("merge", "preview"), metavar="ID")
@@ -9399,7 +9379,6 @@ def build_parser() -> OptionParser:
         "with --export: only this domain; repeatable",
         ["export"],
         metavar="DOMAIN",
-        type=domain,
         action="append",
     )
     words = "write a CSV for --choices. Delete lines until one is left for each address"
@@ -9430,14 +9409,14 @@ def build_parser() -> OptionParser:
         "--merge-timeout",
         "how long to wait for a merge (default: 120)",
         metavar="SECONDS",
-        type=seconds,
+        type=float,
         default=120.0,
     )
     add(
         "--workers",
         "requests at a time (default: 8)",
         metavar="N",
-        type=count,
+        type=int,
         default=8,
     )
 
@@ -9472,6 +9451,10 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         # "The last one wins" would hide a mistake.
         if typed[option_name(name)] > 1 and not isinstance(value, (bool, list)):
             parser.error(f"{option_name(name)} is given twice; it takes one value")
+    for name in ("limit", "workers", "merge_timeout"):
+        number = getattr(options, name)
+        if number is not None and not 0 < number <= 1e9:
+            parser.error(f"{option_name(name)} takes a number above 0, not {number}")
     options.words = words
     options.mode = find_mode(parser, typed)
     if options.mode in ("merge", "preview", "choices_template") and not options.csv:
@@ -9856,10 +9839,6 @@ def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
         run.console.print_err(line)
     plan.chosen = [group for group in plan.groups if group.chosen and not group.has_ended()]
     plan.warnings = plan.find_warnings()
-    for row in plan.invalid_rows:
-        log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
-    for skipped_group in plan.skipped:
-        log.info("%s skipped: %s", skipped_group.email, skipped_group.code)
     return plan
 
 
@@ -9888,13 +9867,7 @@ def write_choices_template(run: RunContext) -> int:
         for one in group.choice_lines().values():
             facts = (one.name, str(one.tickets), one.created, one.id, str(len(group.contacts)))
             rows.append((group.email, one.external_ref, *facts))
-    try:
-        write_new_file(run.environment, path, csv_chunks(CHOICES_HEADER, rows))
-    except FileExistsError:
-        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}") from None
-    except OSError as error:
-        words = f"{path} can't be written: {error.strerror or error}"
-        raise FatalError(EXIT_USAGE, words) from None
+    write_new_file(run.environment, path, csv_chunks(CHOICES_HEADER, rows))
     run.console.print(f"{plural(len(rows), 'line')} written to {path}", "good")
     command = run.retyped("--choices", str(path), "--preview")
     run.console.suggest(f"keep one line per address in {path}, then", command)
@@ -9946,10 +9919,7 @@ async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
     FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
     """
     api = run.api
-    groups = []
-    for group in plan.groups:
-        if any(pair.state is State.PLANNED for pair in group.pairs):
-            groups.append(group)
+    groups = [group for group in plan.groups if group.pending()]
     found: list[Json] = []
 
     def progress(_now: float) -> str:
@@ -10065,17 +10035,11 @@ async def settle(run: RunContext) -> int:
             if pair.state is State.ACKNOWLEDGED and not problems[pair.ids]:
                 accepted.append(describe_pair(pair))
         if accepted:
-            count = len(accepted)
-            facts = [("to cancel", f"{plural(count, 'merge')} that DevRev has accepted")]
+            merges = plural(len(accepted), "merge")
+            facts = [("to cancel", f"{merges} that DevRev has accepted")]
             facts += [("", line) for line in accepted]
             words = "DevRev may still carry them out: only this tool stops waiting for them."
-            await confirm(
-                run,
-                "settle",
-                count,
-                facts,
-                words,
-            )
+            await confirm(run, "settle", facts, words)
         savepoint.save_run(record)
         code = EXIT_OK
         ending = []
@@ -10090,9 +10054,7 @@ async def settle(run: RunContext) -> int:
                 settle_pair(pair)
                 ending.append(pair)
                 ended = pair.state.value.replace("_", " ")
-                why = f"{STATE_WORDS[pair.state]} ({pair.accepted})"
-                why = "; ".join(filter(None, [why, where_to_set(pair)]))
-                run.console.print(f"{ended}  {what}: {why}")
+                run.console.print(f"{ended}  {what}: {STATE_WORDS[pair.state]} ({pair.accepted})")
         savepoint.save_now(ending)
         return finish_run(run, savepoint, code)
 
@@ -10162,13 +10124,7 @@ async def confirm_and_run(
     async with ticking(run, functools.partial(run.progress.line, runner)):
         if not run.options.preview:
             savepoint.write({}, organisation=run.organisation)
-            await confirm(
-                run,
-                word,
-                run.record.pairs or 0,
-                facts,
-                warning,
-            )
+            await confirm(run, word, facts, warning)
             savepoint.save_run(run.record)
         cancel = functools.partial(runner.api.cancel_token.cancel, Cancelled())
         run.on_signal(cancel, asyncio.get_event_loop())
@@ -10179,11 +10135,10 @@ async def confirm_and_run(
 async def confirm(
     run: RunContext,
     word: str,
-    count: int,
     facts: Facts,
     warning: str,
 ) -> None:
-    """Print the `facts` and the `warning`, and have `count` pairs confirmed by a typed `word`.
+    """Print the `facts` and the `warning`, and have them confirmed by a typed `word`.
 
     Raises FatalError(2) where it is not confirmed, and where no terminal can ask and --yes is
     missing.
@@ -10193,8 +10148,7 @@ async def confirm(
         return
     console.status("")
     if not (sys.stdin and sys.stdin.isatty()):
-        pairs = plural(count, "pair")
-        words = f"{pairs} to {word}, and no terminal to confirm it on; nothing was changed"
+        words = "there is no terminal to confirm it on, and nothing was changed"
         raise FatalError(EXIT_USAGE, f"{words}. Add --yes to {word} without being asked")
     to = console.out if console.out.isatty() else console.err  # what the user sees
     for name, fact in facts:
@@ -10236,7 +10190,6 @@ def merge_facts(
     told = [f"{one['email']}: {one['warning']}" for one in warnings]
     facts += [("WARNING", line) for line in some(told, max(20, shared))]
     facts.append(("takes", run.describe_cost(plan)))
-    facts.append(("backups in", str(BACKUPS.resolve())))
     return facts
 
 
@@ -10349,8 +10302,6 @@ class Progress:
         if not is_first and spent < self.SLOW:
             return ""
         what = "the first merge" if is_first else "the merge"
-        if oldest.state not in REQUESTED_STATES:
-            what = "what a merge moves"
         return f"waiting {duration(spent)} for {what}, of {oldest.email}"
 
     def _forecast(
@@ -10377,10 +10328,8 @@ def finish_run(
     merger: ContactMerger | None = None,
 ) -> int:
     """Complete the record of a merge run or a settle, and conclude it; return the exit code."""
-    failures: list[Pair] = []
     if plan and merger:
         note_refused(plan, merger)
-        failures = failures_to_name(savepoint, run.run_id, plan)
     run.record.summary = merge_summary(savepoint, run.run_id, plan)
     run.record.headline = headline(run.record.summary, run.record)
     contents = merge_contents(savepoint, run.run_id, plan)
@@ -10390,7 +10339,6 @@ def finish_run(
         merger,
         code,
         contents,
-        failures,
     )
 
 
@@ -10400,7 +10348,6 @@ def conclude(
     runner: TaskRunner | None,
     code: int,
     contents: ReportContents,
-    failures: Sequence[Pair],
 ) -> int:
     """Write the report of a run, print what it says, and suggest what comes next.
 
@@ -10417,7 +10364,10 @@ def conclude(
         console.error(stop)
     console.print()
     console.print(record.headline, "bold" if code else "good")
-    print_failures(console, failures)
+    failures: list[Pair] = []
+    if runner:
+        failures = [pair for pair in runner.outcomes.values() if not runner.is_success(pair)]
+        print_failures(console, failures)
     if record.requests_total:
         spent = duration(run.environment.elapsed(run.started))
         console.print(f"took     {plural(record.requests_total, 'request')}, {spent}")
@@ -10427,10 +10377,7 @@ def conclude(
             console.print(f"{name:<8} {path}")
     log.info("exit code %d", code)
     if code >= EXIT_STOPPED:
-        console.print_err("Stopped early.", "bold")
         console.suggest("run the same command again to resume")
-    elif code == EXIT_USAGE:
-        console.print_err("Nothing was changed in DevRev.")
     elif failures:
         console.suggest("do what is said above, then run again (after an export: with the new CSV)")
     elif record.summary and record.summary["left"]:
@@ -10447,17 +10394,6 @@ def note_refused(plan: Plan, merger: ContactMerger) -> None:
             outcome.append(pair)
             if pair.code == "different_rev_org":
                 plan.ids.discard(pair.ids)
-
-
-def failures_to_name(savepoint: SavePoint, run_id: str, plan: Plan) -> list[Pair]:
-    """Return the pairs of a run whose code a user has to know."""
-    lists = merge_lists(savepoint, run_id, plan)
-    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
-    for pair in lists["successful_merges"]:
-        if pair.after_cancel:
-            pair.code = "after_cancel"
-            failures.append(pair)
-    return failures
 
 
 # Options that say nothing of what a run did.
@@ -10511,17 +10447,13 @@ def end_record(run: RunContext, runner: TaskRunner | None, code: int) -> str:
 def print_failures(console: Console, pairs: Sequence[Pair]) -> None:
     by_code: dict[str, list[str]] = collections.defaultdict(list)
     for pair in pairs:
-        by_code[pair.code].append(pair.email)
+        by_code[pair.code or "after_cancel"].append(pair.email)
     for code, emails in sorted(by_code.items()):
-        emails.sort()
-        console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
-        if code != "interrupted":  # the last line says it
-            console.print(f"    what to do: {ADVICE.get(code, 'see the report')}")
+        console.print(f"  {len(emails)} {code}: {', '.join(some(sorted(emails)))}")
+        console.print(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
 # -- export ----------------------------------------------------------------------------------------
-
-TAKEN = "already exists and was not changed; name a file that does not exist yet"
 
 
 async def export(run: RunContext) -> int:
@@ -10529,14 +10461,14 @@ async def export(run: RunContext) -> int:
 
     What is wrong with the path is found out first.
     """
-    path, console, api = run.options.export, run.console, run.api
-    if is_taken(path):
-        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
+    path, api = run.options.export, run.api
+    check_free(path)
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
         raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
-    exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
+    endings = [f"@{email_key(domain).lstrip('@')}" for domain in run.options.domain or ()]
+    exporter = ContactExporter(api, endings, spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(work.cancel, asyncio.get_event_loop())
     try:
@@ -10546,23 +10478,13 @@ async def export(run: RunContext) -> int:
             cells = (map(str, astuple(one)) for one in contacts)
             write_new_file(run.environment, path, csv_chunks(COLUMNS.values(), cells))
     except asyncio.CancelledError:
-        console.print_err("interrupted; nothing was written")
+        run.console.print_err("interrupted; nothing was written")
         return 128 + run.signal
-    except FileExistsError:
-        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}") from None
-    except OSError as error:
-        raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
-    rows = len(contacts)
     emails = plural(len({one.key for one in contacts}), "email address")
-    requests = plural(sum(api.requests.values()), "request")
-    console.print(f"exported {plural(rows, 'contact')} that share {emails} to {path}", "good")
-    spent = duration(run.environment.elapsed(run.started))
-    console.print(f"took     {requests}, {spent}; {plural(exporter.read, 'contact')} read")
-    if rows:
-        command = command_line("--csv", str(path), "--preview", "--live")
-        console.suggest("see what would be merged", command)
-    else:
-        console.print("no two contacts share an email address: there is nothing to merge")
+    rows = plural(len(contacts), "contact")
+    run.console.print(f"exported {rows} that share {emails} to {path}", "good")
+    command = command_line("--csv", str(path), "--preview", "--live")
+    run.console.suggest("see what would be merged", command)
     return EXIT_OK
 
 
@@ -10651,14 +10573,15 @@ def finish_undo(
     lists = undo_lists(plan, runner, run.options.preview)
     counts = {name: len(found) for name, found in lists.items()}
     before = len(plan.undone)
-    total = len(plan.pairs()) + plan.left + len(plan.skipped)
-    now = dict(counts)
-    if "undone" in lists:
-        total += before
-        now["undone"] -= before
-    left = total - sum(counts.values())
+    left = plan.left
+    for pair in plan.pairs():
+        left += pair.ids not in runner.outcomes and pair.state not in UNDO_STATES
+    total = sum(counts.values()) + left
     record.summary = {**counts, "pairs": total, "undone_before": before, "left": left}
-    record.headline = undo_headline({**now, "undone_before": before, "remaining": left})
+    now = {**counts, "undone_before": before, "remaining": left}
+    if "undone" in counts:
+        now["undone"] -= before
+    record.headline = undo_headline(now)
     if run.options.preview:
         stop = end_record(run, runner, code)
         if stop:
@@ -10670,16 +10593,8 @@ def finish_undo(
     for pair in lists["unfinished"]:
         if stranded(pair):
             console.error(f"{pair.email}: {stranded(pair)}")
-    failures = [*lists["failed"], *lists["unfinished"]]
-    savepoint = runner.savepoint
-    return conclude(
-        run,
-        savepoint,
-        runner,
-        code,
-        undo_contents(lists),
-        failures,
-    )
+    contents = undo_contents(lists)
+    return conclude(run, runner.savepoint, runner, code, contents)
 
 
 def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, list[Pair]]:
@@ -10708,8 +10623,6 @@ def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
         say(f"           tickets, issues and conversations that go back to it: {len(mine):,}")
         for item in entry["left"]:
             say(f"           {item['display_id']} {item['title']} stays: {item['why']}")
-        for item in entry["fields_left"]:
-            say(f"           the primary keeps its {item['field']}: {item['why']}")
     for name in ("refused", "skipped"):
         for pair in lists[name]:
             say(f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}", "bad")
@@ -10756,14 +10669,7 @@ async def check(run: RunContext) -> int:
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     console.print(verdict, "bad" if problems else "good")
     run.show({"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}, {})
-    if problems:
-        return EXIT_USAGE
-    if run.options.csv:
-        console.suggest("see what would be merged", run.retyped("--preview", "--live"))
-    else:
-        export_command = command_line("--export", "contacts.csv")
-        console.suggest("read the contacts from DevRev", export_command)
-    return EXIT_OK
+    return EXIT_USAGE if problems else EXIT_OK
 
 
 async def check_owner_of_token(run: RunContext) -> str:
@@ -10850,18 +10756,20 @@ def status(run: RunContext) -> int:
         }
         to_set = list(references_to_set(savepoint))
     describe_history(run.console, facts, last)
+    entries: dict[str, list[Json]] = {}
     for name, pairs in lists.items():
-        lines = []
-        for pair in pairs:
-            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
-            lines.append(f"{pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
-        for line in some(lines, 20):
+        entries[name] = [merge_entry(pair, None) for pair in pairs]
+        for line in some([describe_open(pair) for pair in pairs], 20):
             run.console.print(f"{name}  {line}")
     for one in to_set:
         run.console.print(f"to set  {one['email']}: {one['advice']}", "bold")
-    entries = {name: [merge_entry(pair, None) for pair in pairs] for name, pairs in lists.items()}
     run.show(facts, {**entries, "references_to_set": to_set})
     return EXIT_OK
+
+
+def describe_open(pair: Pair) -> str:
+    why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
+    return f"{pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}"
 
 
 def describe_history(console: Console, facts: Json, last: RunRecord) -> None:
@@ -10919,10 +10827,7 @@ def verify_backups(run: RunContext) -> int:
     counts = f"{len(found['damaged']):,} damaged, {len(found['missing']):,} missing"
     run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bold")
     run.show({"folder": str(root), "complete": complete, **found}, {})
-    if found["damaged"] or found["missing"]:
-        run.console.suggest("restore the folders from a copy, or an undo will not be complete")
-        return EXIT_FAILED
-    return EXIT_OK
+    return EXIT_FAILED if found["damaged"] or found["missing"] else EXIT_OK
 
 
 def backup_folders(root: Path) -> Iterator[Path]:
@@ -11001,8 +10906,6 @@ def run_command(run: RunContext) -> int:
         run.console.print_err(run.error)
         return code
     run.console.error(run.error)
-    if code == EXIT_STOPPED:
-        run.console.print_err("Fix that, then run the same command again.", "bold")
     return code
 
 

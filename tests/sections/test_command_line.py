@@ -33,8 +33,8 @@ USAGE = {
     "--settle a@example.com --primary revu": "not with --settle",
     "--csv contacts.csv --domain example.com": "--domain goes with --export",
     "--preview": "--csv PATH is needed",
-    "--csv contacts.csv --limit 0": "0 is not a whole number of at least 1",
-    "--csv contacts.csv --merge-timeout nan": "nan is not a number of seconds",
+    "--csv contacts.csv --limit 0": "--limit takes a number above 0, not 0",
+    "--csv contacts.csv --merge-timeout nan": "--merge-timeout takes a number above 0",
     "--csv contacts.csv --workers 8 --workers=9": "--workers is given twice",
     "--csv contacts.csv --primary revu --primary revu": "--primary is given twice",
 }
