@@ -199,10 +199,9 @@ def judges_of(section: str) -> dict[str, tuple[str, ...]]:
     """Return the commands that judge a section's mutants, by name, the quickest first."""
     (names,) = (names for start, names in TESTS.items() if section.startswith(start))
     files = [f"tests/sections/test_{name}.py" for name in names.split()]
-    others = [f"--ignore={file}" for file in files]
     return {
         "its tests": (*PYTEST, *files),
-        "another test": (*PYTEST, "tests", *others),
+        "another test": (*PYTEST, "tests"),
         "the simulation": SCENARIOS,
     }
 

@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, List
 
 import pytest
 
@@ -13,9 +13,18 @@ from tests.fake.organisation import Organisation
 from tests.fake.world import World
 from tests.mutants import Source
 from tests.simulate import play
-from tests.simulation import expected
-from tests.simulation.expected import Row, StoredFile, joined, plan_of, read_file
-from tests.simulation.world import MODULE, Clock, Connection, Killed, SimulatedProcess, load
+from tests.simulation.expected import Row, StoredFile, joined, plan_of
+from tests.simulation.scene import Scene
+from tests.simulation.world import (
+    MODULE,
+    Clock,
+    Connection,
+    InvariantBroken,
+    Killed,
+    SimulatedProcess,
+    broken,
+    load,
+)
 
 FEW = 24  # CI plays two hundred more
 
@@ -34,14 +43,11 @@ def test_scenarios_keep_the_invariants(module: Any, part: int) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "seed", ["6", "34"]
-)  # one that is killed at its report; one with undos and kills between files
-def test_a_seed_is_always_the_same_scenario(seed: str) -> None:
-    command = [sys.executable, "-m", "tests.simulate", "--seed", seed, "--trace"]
+def test_a_seed_is_always_the_same_scenario() -> None:
+    command = [sys.executable, "-m", "tests.simulate", "--seed", "34"]
     scenarios = {
         subprocess.run(command, cwd=str(MODULE.parent), env={**os.environ, "PYTHONHASHSEED": str(number)},
-                       stdout=subprocess.PIPE, check=True).stdout
+                       stdout=subprocess.PIPE, check=True).stdout.rpartition(b" in ")[0]
         for number in range(2)
     }  # fmt: skip
     assert len(scenarios) == 1
@@ -53,16 +59,23 @@ def test_a_broken_invariant_is_shown() -> None:
     async def save(_savepoint: Any, _pair: Any) -> None:
         """Save nothing."""
 
-    module.SavePoint.save = save  # type: ignore[attr-defined]
+    module.SavePoint.save = save
     found = [play(seed, module).invariant for seed in range(5)]
     assert any("file" in one or "forgotten" in one for one in found), found
 
 
-def test_mutants_of_all_kinds_and_sections_can_be_compiled() -> None:
+def test_an_invariant_that_a_scene_does_without_is_waived(scene: Scene) -> None:
+    with pytest.raises(InvariantBroken):
+        broken("an invariant", "what broke it")
+    scene.waive("an invariant", "to show that it can be waived")
+    broken("an invariant", "what broke it")
+
+
+def test_mutants_of_all_sections_can_be_compiled() -> None:
     source = Source(MODULE.read_text(encoding="utf-8"))
     found = list(source.mutants())
     assert len(found) > 2000 and len({mutant.section for mutant in found}) > 14
-    for mutant in found[::211]:
+    for mutant in found[::511]:
         compile(source.changed_by(mutant), mutant.name, "exec")
 
 
@@ -75,7 +88,7 @@ class Silent:
 
 @pytest.mark.parametrize("kill_at", range(1, 8))
 def test_a_commit_that_is_torn_is_rolled_back(tmp_path: Path, kill_at: int) -> None:
-    """Killed before, in the middle of and after a commit, a file holds what it held before, or all of what is new."""
+    """Killed before, in or after a commit, a file holds what it held before, or all of it."""
     path = tmp_path / "savepoint.db"
     process = SimulatedProcess(None, Clock(), World(Organisation(), lambda: 0.0), 1)
     process.observer = Silent()
@@ -101,13 +114,15 @@ def test_a_commit_that_is_torn_is_rolled_back(tmp_path: Path, kill_at: int) -> N
     assert process.steps >= kill_at or len(held) == 2
 
 
-def rows(
-    *references: str, email: str = "ada@example.com", created: str = "2024-01-02T00:00:00.000Z"
-) -> List[Row]:
-    return [
-        Row(f"don:{email}/{number}", email, ref, 0, created)
-        for number, ref in enumerate(references)
-    ]
+OLD = "2024-01-02T00:00:00.000Z"
+
+
+def rows(*references: str, email: str = "ada@example.com", created: str = OLD) -> List[Row]:
+    return [Row(f"don:{email}/{at}", email, ref, 0, created) for at, ref in enumerate(references)]
+
+
+ADAS = rows("REVU-1", email="Ada@example.com") + rows("user_2", email="aDA@example.com ")
+STREETS = rows("REVU-1", email="straße@example.com") + rows("user_2", email="strasse@example.com")
 
 
 @pytest.mark.parametrize(
@@ -122,8 +137,8 @@ def rows(
         (rows("REVU-1", "user_2", email="support@example.com"), "revu", [(0, 1, "user_2")]),
         (rows("REVU-1", "REVU-2", "user_3", email="support@example.com"), "revu", []),
         (rows("REVU-1", "user_2", "user_3"), "revu", []),
-        (rows("REVU-1", email="Ada@example.com") + rows("user_2", email="aDA@example.com "), "revu", [(0, 1, "user_2")]),
-        (rows("REVU-1", email="straße@example.com") + rows("user_2", email="strasse@example.com"), "revu", []),
+        (ADAS, "revu", [(0, 1, "user_2")]),
+        (STREETS, "revu", []),
     ],
 )  # fmt: skip
 def test_the_second_opinion_on_a_plan(contacts: List[Row], primary: str, merges: List[Any]) -> None:
@@ -139,15 +154,9 @@ def test_the_older_contact_is_primary_whatever_its_date_looks_like() -> None:
     assert {ids[0] for ids in plan_of([later, older, user._replace(id="don:x")], {})} == {older.id}
 
 
-def stored(write: int, **requested: Mapping[str, Any]) -> StoredFile:
-    found: Dict[Any, Any] = {
-        (name, "d"): {"state": "requested", "revision": write, "requested_at": 1.0, **row}
-        for name, row in requested.items()
-    }
-    return StoredFile(found, {}, write)
-
-
-def test_the_second_opinion_on_what_two_files_know(tmp_path: Path) -> None:
-    both = joined(stored(5, a={"state": "done"}), stored(6, a={"state": "requested"}))
-    assert both["a", "d"]["revision"] == 6
-    assert read_file(tmp_path / "nothing.db") is None and expected.email_key(" ADA@x ") == "ada@x"
+def test_the_second_opinion_on_what_two_files_know() -> None:
+    older, newer = (
+        StoredFile({("p", "d"): {"state": state, "revision": at, "requested_at": 1.0}}, {}, at)
+        for at, state in ((5, "done"), (6, "requested"))
+    )
+    assert joined(older, newer)["p", "d"]["revision"] == 6

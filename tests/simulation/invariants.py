@@ -195,7 +195,6 @@ class InvariantChecker:
         self.first_pages: Dict[str, float] = {}  # when the first page of a list was requested
         self.polled: Set[str] = set()  # contacts that this run has read
         self.judged: Set[Ids] = set()  # pairs whose end was held against the truth
-        self.client_limit = (0, 60.0)  # calls in seconds, of this run
         self.sent_at: List[float] = []  # steady seconds, of the last requests
         self.flying = 0  # merge requests without an answer
         self.forbidden: Set[Ids] = set()  # pairs of which a merge request was answered with 403
@@ -213,7 +212,7 @@ class InvariantChecker:
     def run_id(self) -> str:
         return self._run_id()
 
-    # ----- a run begins ----------------------------------------------------------------------------
+    # ----- a run begins ---------------------------------------------------------------------------
 
     def begin(
         self,
@@ -286,7 +285,7 @@ class InvariantChecker:
                     left_out.add(email)
         return {ids: one for ids, one in plan.items() if one.primary.key not in left_out}
 
-    # ----- the savepoint ---------------------------------------------------------------------------
+    # ----- the savepoint --------------------------------------------------------------------------
 
     def wrote(self, name: str, rows: Sequence[Dict[str, Any]]) -> None:
         """A file of the savepoint was written."""
@@ -365,7 +364,7 @@ class InvariantChecker:
                         broken("each file alone knows everything", f"{path} and {name_of(ids)}")
         return rows
 
-    # ----- requests --------------------------------------------------------------------------------
+    # ----- requests -------------------------------------------------------------------------------
 
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
@@ -484,14 +483,15 @@ class InvariantChecker:
 
     def _judge_client_limit(self) -> None:
         """What fits into two windows may leave in any time that is as long as one."""
-        calls, period = self.client_limit
+        settings = self.process.settings
+        calls, period = settings.calls, settings.period
         now = self.clock.steady
         self.sent_at = [at for at in self.sent_at if now - at < period - JITTER] + [now]
         if calls and len(self.sent_at) > 2 * calls:
             what = f"{len(self.sent_at)} requests in {period:g} s, of {calls}"
             broken("the client-side rate limit holds", what)
 
-    # ----- a merge request -------------------------------------------------------------------------
+    # ----- a merge request ------------------------------------------------------------------------
 
     def _judge_merge(self, ids: Ids, sent: Sent) -> None:
         earlier = self.asks[ids]
@@ -872,7 +872,7 @@ class InvariantChecker:
                 f"{left} of {quota.limit} units left at the request for {name_of(ids)}",
             )
 
-    # ----- an update of a primary ------------------------------------------------------------------
+    # ----- an update of a primary -----------------------------------------------------------------
 
     def _judge_update(self, sent: Sent) -> None:
         primary, fields = sent.body["id"], set(sent.body) - {"id", "external_ref"}
@@ -960,7 +960,7 @@ class InvariantChecker:
             what = f"{gap:.1f} s from the merge of {name_of(ids)} to its reference"
             broken("between DevRev's merge and the new reference nothing waits", what)
 
-    # ----- a run ends ------------------------------------------------------------------------------
+    # ----- a run ends -----------------------------------------------------------------------------
 
     def after_run(
         self, report: Path, code: Optional[int], ended: bool, needed: bool
@@ -1100,7 +1100,7 @@ class InvariantChecker:
         )
         return thing is None or held(thing, role, contact)
 
-    # ----- what gets lost between runs -------------------------------------------------------------
+    # ----- what gets lost between runs ------------------------------------------------------------
 
     def lose_file(self, path: Path, put_back: Optional[Path] = None, forget: bool = True) -> None:
         """Delete a file of the savepoint, or put an older copy of it in its place."""
@@ -1156,7 +1156,7 @@ class InvariantChecker:
         self.judged = {ids for ids in self.judged if ids in rows}
         self.undo.forget(rows)
 
-    # ----- a scenario ends -------------------------------------------------------------------------
+    # ----- a scenario ends ------------------------------------------------------------------------
 
     def after_life(self, rows: Mapping[Ids, Mapping[str, Any]], stuck: Set[str]) -> None:
         """Everything was left in peace for long enough: each pair has ended, or there is a true reason."""

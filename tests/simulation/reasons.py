@@ -39,7 +39,7 @@ class ReasonChecker:
         self.organisation = checker.organisation
         self.trouble: Set[str] = set()
 
-    # ----- what DevRev shows -----------------------------------------------------------------------
+    # ----- what DevRev shows ----------------------------------------------------------------------
 
     def shows_verified(self, ids: Ids) -> bool:
         """Whether answers or lists tell for sure that the duplicate is not verified, and that the primary is."""
@@ -81,7 +81,7 @@ class ReasonChecker:
                 for thing in self.checker.versions(table, object_id, -1e9):
                     self.trouble.update(one["id"] for one in people_of(thing, roles))
 
-    # ----- a scenario ends -------------------------------------------------------------------------
+    # ----- a scenario ends ------------------------------------------------------------------------
 
     def judge(self, rows: Mapping[Ids, Mapping[str, Any]], stuck: Set[str]) -> None:
         checker = self.checker
@@ -190,7 +190,7 @@ class ReasonChecker:
                     invariant = "no reference is left on no contact that no report names"
                     broken(invariant, f"{reference} of {name_of(ids)}")
 
-    # ----- reasons ---------------------------------------------------------------------------------
+    # ----- reasons --------------------------------------------------------------------------------
 
     def is_true(
         self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]

@@ -1,4 +1,4 @@
-"""Scripted scenes: an organisation, what befalls it, and runs over it, in simulated time and in process.
+"""Scripted scenes: an organisation, what befalls it, and runs over it, in simulated time.
 
     def test_a_lost_answer_is_polled_for(scene: Scene) -> None:
         primary, duplicate = scene.pair(1)
@@ -9,25 +9,25 @@
         assert scene.count("rev-users.merge") == 1 and scene.holder("user_1") is None
 
 What there is
-    scene.pair(1)                     two contacts of person1@example.com, REVU-P1 and user_1, with tickets and a talk
-    scene.organisation                the truth, to be built and looked at (tests.fake.organisation.Organisation)
-    scene.world                       how DevRev serves it: every switch, e.g. scene.world.merge_delay = 3.0
-    scene.settings                    of the client: scene.settings["timeout"] = 5.0; scene.world.set_quota(60, 60.0)
+    scene.pair(1)           two contacts of person1@example.com, REVU-P1 and user_1, with tickets
+    scene.organisation      the truth (tests.fake.organisation.Organisation)
+    scene.world             how DevRev serves it: every switch, e.g. scene.world.merge_delay = 3.0
+    scene.settings          of the client: scene.settings["timeout"] = 5.0
 What happens
-    scene.export(changes)             write contacts.csv as the warehouse has it (the first run does, if none is there)
-    scene.at(5.0, act)                act(organisation) in so many simulated seconds
-    scene.before(endpoint, act, 2)    … before DevRev acts on the second such request; after(…) likewise
+    scene.export(changes)   write contacts.csv as the warehouse has it (else the first run does)
+    scene.at(5.0, act)      act(organisation) in so many simulated seconds
+    scene.before(endpoint, act, 2)    before DevRev acts on the second such request; after likewise
     scene.fault("500", endpoint)      a Fault of DevRev's, with skip, times, match, detail
-    scene.answer(endpoint, 406, "<html>")  an answer in place of DevRev's; done=True: it is carried out all the same
-    scene.lose_answer(endpoint)       the request arrives, its answer does not; lose_request, delay likewise
-    scene.kill("sending rev-users.merge", 2)   kill -9 at the second step of that name; --trace of a seed shows steps
+    scene.answer(endpoint, 406, "<html>")   in place of DevRev's; done=True: and it is carried out
+    scene.lose_answer(endpoint)       the request arrives, its answer does not; lose_request, delay
+    scene.kill("sending rev-users.merge", 2)   kill -9 at the second step of that name
     scene.ctrl_c                      an act: scene.after("rev-users.merge", scene.ctrl_c)
-    scene.lose("savepoint.db"), keep("savepoint.db") and put_back("savepoint.db"), clock.advance(s), clock.set_by
+    scene.lose("savepoint.db"), keep("savepoint.db"), put_back("savepoint.db"), clock.advance(s)
 Runs
-    scene.merge("--limit", "1"), undo(), settle(email), run("--status"): a Run has code (None: killed), out, err,
-    report, rows (of the savepoint, by duplicate) and requests
-    scene.end()                       no more trouble: runs until all has ended, each reason true, all can be settled
-Every request, file and report is judged by the invariants; scene.waive(invariant, reason) turns one off by its name.
+    scene.merge("--limit", "1"), undo(), settle(email), run("--status"): each leaves a Run
+    scene.end()             no more trouble: all ends, each reason is true, all can be settled
+Every request, file and report is judged by the invariants; scene.waive(invariant, reason) turns one
+off by its name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from tests.fake.organisation import Organisation
 from tests.fake.trouble import Fault, Request
@@ -54,8 +54,8 @@ from tests.simulation.world import (
     InvariantBroken,
     Killed,
     NetworkFaults,
+    Nth,
     SimulatedProcess,
-    Trace,
     environment_of,
     load,
     short,
@@ -67,6 +67,8 @@ HEADER = (
 PEACEFUL_RUNS = 12  # that a scenario which is left in peace may need to end
 ALL_ENDS = "a scenario that is left in peace ends"
 REPORTING = ("merge", "undo", "settle")  # modes that leave a report
+OPEN = (*UNFINISHED, "undoing")
+FILES = {MAIN.name: MAIN, COPY.name: COPY}  # of the savepoint
 Act = Callable[[Organisation], Any]
 
 
@@ -78,8 +80,7 @@ def the_module() -> Any:
 class Run:
     """What one run has left."""
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    def __init__(self) -> None:
         self.code: int | None = None  # None: it was killed
         self.killed = False
         self.out = self.err = ""
@@ -92,11 +93,7 @@ class Run:
     @property
     def codes(self) -> dict[str, str]:
         """Return email -> code of what failed or is unfinished, as the report has it."""
-        names = (
-            ("failed", "unfinished")
-            if self.mode == "undo"
-            else ("failed_merges", "unfinished_merges")
-        )
+        names = ("failed", "unfinished", "failed_merges", "unfinished_merges")
         entries = [entry for name in names for entry in self.report.get(name) or ()]
         return {entry["email"]: entry["code"] for entry in entries}
 
@@ -107,71 +104,88 @@ class Run:
 class Stage:
     """One machine, one organisation, and the runs between them. Whoever derives from it says what befalls them."""
 
-    def __init__(self, module: Any, world: World, clock: Clock, trace: Trace) -> None:
-        self.module, self.world, self.clock, self.events = module, world, clock, trace
-        self.organisation = world.organisation
-        clock.fake_devrev = world
-        self.checker = InvariantChecker(world, clock)
+    def __init__(self, module: Any, organisation: Organisation, **switches: Any) -> None:
+        self.module, self.organisation, self.clock = module, organisation, Clock()
+        clock = self.clock
+        self.world = clock.fake_devrev = World(
+            organisation,
+            lambda: clock.now,
+            lambda: EPOCH + clock.now,
+            on_request=self.on_request,
+            **switches,
+        )
+        self.checker = InvariantChecker(self.world, clock)
         self.rows: dict[Ids, dict[str, Any]] = {}  # of the savepoint, after the last run
         self.undos: list[str] = []  # what was undone, or begun to be
         self.stuck: set[str] = set()
         self.in_peace = False
         self.tracing = True
+        self.events: list[str] = []
 
     def trace(self, what: str) -> None:
         if self.tracing:
-            self.events(what)
+            self.events.append(f"{self.clock.now:12.3f}  {what}")
 
-    # ----- to be defined ---------------------------------------------------------------------------
+    # ----- to be defined, or added to -------------------------------------------------------------
 
     def make_settings(self, workers: int) -> Any:
         raise NotImplementedError
 
-    def make_process(self) -> SimulatedProcess:
+    def network_faults(self, endpoint: str) -> NetworkFaults:
         raise NotImplementedError
+
+    def make_process(self, seed: int = 1) -> SimulatedProcess:
+        process = SimulatedProcess(self.module, self.clock, self.world, seed)
+        process.network_faults, process.observer = self.network_faults, self.checker
+        process.trace = self.trace
+        return process
+
+    def on_request(self, stage: str, request: Request) -> None:
+        """DevRev carries a request out: `before` and `after`."""
+        self.checker.undo.heard(stage, request)
 
     def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
         """A run is ready to be told of a signal."""
 
-    def before_run(self, settings: Any) -> None:
-        """A run is about to begin."""
+    def interrupt(self, run: Any, act: Callable[[], None]) -> None:
+        """The user presses Ctrl-C."""
+        self.trace("Ctrl-C")
+        run.signal = 2
+        act()
+        if not self.checker.stopped:
+            self.checker.stopped, self.checker.interrupted = True, self.clock.now
 
     def manner(self) -> list[str]:
         """Return the options that stay the same for all runs."""
         return []
 
-    # ----- runs ------------------------------------------------------------------------------------
+    # ----- runs -----------------------------------------------------------------------------------
+
+    def export_rows(self) -> list[Row]:
+        """Make a new export, as the warehouse has it."""
+        rows = export_of(self.organisation)
+        self.trace(f"an export: {len(rows)} contacts")
+        return rows
 
     def write_csv(self, rows: Iterable[Row]) -> None:
         with open("contacts.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(HEADER)
             for row in rows:
-                writer.writerow(
-                    (
-                        row.id,
-                        "A Name",
-                        row.email,
-                        row.ref,
-                        "",
-                        row.created,
-                        row.created,
-                        row.tickets,
-                    )
-                )
+                times = row.created, row.created
+                writer.writerow((row.id, "A Name", row.email, row.ref, "", *times, row.tickets))
 
-    def play_run(self, argv: Sequence[str], process: SimulatedProcess) -> Run:
+    def play_run(self, argv: Sequence[str]) -> Run:
         """Play one run to its end, and judge it."""
-        module = self.module
+        module, checker, process, found = self.module, self.checker, self.make_process(), Run()
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             options = module.parse_options(list(argv))
-        found = Run(options.mode)
         settings = self.make_settings(options.workers)
-        environment = environment_of(module, process, settings)
+        environment = environment_of(process, settings)
         stage = self
 
-        class Simulated(module.RunContext):  # type: ignore[misc, name-defined]
+        class Simulated(module.RunContext):
             TICK = 3600.0
 
             def on_signal(self, act: Callable[[], None], loop: Any = None) -> None:
@@ -180,13 +194,9 @@ class Stage:
 
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run = Simulated(options, environment)
-        self.checker.begin(process, options, lambda: run.run_id, *read_inputs(options))
-        self.checker.client_limit = settings.calls, settings.period
-        self.before_run(settings)
-        limit = f"{settings.calls} in {settings.period:g} s"
-        self.trace(
-            f"RUN {self.checker.run}: {' '.join(argv)} (client-side limit {limit}, time-out {settings.timeout:g} s)"
-        )
+        checker.begin(process, options, lambda: run.run_id, *read_inputs(options))
+        limit = f"{settings.calls} in {settings.period:g} s, time-out {settings.timeout:g} s"
+        self.trace(f"RUN {checker.run}: {' '.join(argv)} (client-side limit {limit})")
         self.clock.last_progress = self.clock.now
         asked = len(self.world.requests)
         try:
@@ -194,9 +204,8 @@ class Stage:
             run.log_path.parent.mkdir(exist_ok=True)
             run.log_path.touch()
             outcome = module.MODES[options.mode](run)
-            found.code = (
-                outcome if isinstance(outcome, int) else environment.run_event_loop(outcome)
-            )
+            is_code = isinstance(outcome, int)
+            found.code = outcome if is_code else environment.run_event_loop(outcome)
         except Killed:
             found.killed = True
         except module.FatalError as stop:
@@ -207,9 +216,9 @@ class Stage:
             process.end()
         self.trace(f"exit code {found.code}")
         reports = options.mode in REPORTING and not options.preview
-        needed = reports and not (found.killed or found.refusal or self.checker.full_now)
+        needed = reports and not (found.killed or found.refusal or checker.full_now)
         report_path = run.report_path if reports or options.mode == "preview" else None
-        self.rows = self.checker.after_run(report_path, found.code, not found.killed, needed)
+        self.rows = checker.after_run(report_path, found.code, not found.killed, needed)
         found.out, found.err, found.report_path = out.getvalue(), err.getvalue(), run.report_path
         if found.report_path.exists():
             found.report = json.loads(found.report_path.read_bytes())
@@ -217,7 +226,7 @@ class Stage:
         found.requests = self.world.requests[asked:]
         return found
 
-    # ----- the end ---------------------------------------------------------------------------------
+    # ----- the end --------------------------------------------------------------------------------
 
     def leave_in_peace(self) -> None:
         """No more faults, edits or kills: after some runs everything has ended."""
@@ -235,24 +244,15 @@ class Stage:
             self.checker.after_life(self.rows, self.stuck)
             self._settle_in_peace()
 
-    def export_rows(self) -> list[Row]:
-        """Make a new export, as the warehouse has it."""
-        rows = export_of(self.organisation)
-        self.trace(f"an export: {len(rows)} contacts")
-        return rows
-
-    def run_in_peace(self, argv: Sequence[str]) -> Run:
-        return self.play_run(argv, self.make_process())
-
     def _merge_in_peace(self) -> bool:
-        """Export and run until nothing changes any more; return whether there was anything to run over."""
+        """Export and run until nothing changes any more; return whether there was any contact."""
         last = ""
         for _ in range(PEACEFUL_RUNS):
             rows = self.export_rows()
             if not rows:  # others have deleted all contacts
                 return bool(last)
             self.write_csv(rows)
-            run = self.run_in_peace(["--csv", "contacts.csv", "--yes", "--quiet", *self.manner()])
+            run = self.play_run(["--csv", "contacts.csv", "--yes", "--quiet", *self.manner()])
             last_run = str(self.checker.reports.last.get("run"))
             forbidden = run.code == 2 and ("403" in run.refusal or "403" in last_run)
             if run.code not in (0, 1, 3) and not forbidden:
@@ -272,7 +272,7 @@ class Stage:
         code, asked = None, 0
         for _ in range(PEACEFUL_RUNS):
             before, asked = code, len(self.world.requests)
-            code = self.run_in_peace(["--undo", path, "--yes", "--quiet"]).code
+            code = self.play_run(["--undo", path, "--yes", "--quiet"]).code
             self.clock.advance(400.0)
             if code not in (0, 1, 2, 3):  # 3: five that can't be undone, one after the other
                 raise InvariantBroken(ALL_ENDS, f"an undo ends with exit code {code}")
@@ -284,42 +284,27 @@ class Stage:
 
     def unfinished_emails(self) -> list[str]:
         """Return the addresses that a person may settle."""
-        open_states = (*UNFINISHED, "undoing")
-        return sorted(
-            {str(row["email"]) for row in self.rows.values() if row["state"] in open_states}
-        )
+        return sorted({str(row["email"]) for row in self.rows.values() if row["state"] in OPEN})
 
     def _settle_in_peace(self) -> None:
         """Every state has a way out: what is unfinished can be settled."""
         emails = self.unfinished_emails()
-        if not emails:
-            return
-        code = self.run_in_peace(["--settle", *emails, "--yes", "--quiet"]).code
-        for ids, row in self.rows.items():
-            if row["state"] not in (*UNFINISHED, "undoing"):
-                continue
-            if row["code"] in ("stale", "group_incomplete", "interrupted"):
-                continue  # there is another way out: to run again
-            if self.checker.undo.lacks_reference(ids):
-                continue  # or to undo again
-            what = f"{short(ids[1])} is {row['state']} ({row['code']}) after --settle, exit code {code}"
-            raise InvariantBroken("every state has a way out", what)
+        code = self.play_run(["--settle", *emails, "--yes", "--quiet"]).code if emails else 0
+        for ids, row in self.rows.items() if emails else ():
+            # There is another way out: to run again, or to undo again.
+            runs_again = row["code"] in ("stale", "group_incomplete", "interrupted")
+            if row["state"] in OPEN and not (runs_again or self.checker.undo.lacks_reference(ids)):
+                state = f"{row['state']} ({row['code']}) after --settle, exit code {code}"
+                raise InvariantBroken("every state has a way out", f"{short(ids[1])} is {state}")
 
 
 def read_inputs(options: Any) -> tuple[list[Row], dict[str, str]]:
     """Read the rows of the export and the choices that a command line names."""
+    names = ("REV_USER_ID", "EMAIL", "EXTERNAL_REF", "TICKET_COUNT", "CREATED_AT")
     rows: list[Row] = []
     for path in options.csv or () if options.mode in ("merge", "preview") else ():
-        for one in records(path):
-            rows.append(
-                Row(
-                    one["REV_USER_ID"],
-                    one["EMAIL"],
-                    one["EXTERNAL_REF"],
-                    int(one["TICKET_COUNT"]),
-                    one["CREATED_AT"],
-                )
-            )
+        found = [Row(*(one[name] for name in names)) for one in records(path)]
+        rows += [row._replace(tickets=int(row.tickets)) for row in found]
     choices = records(options.choices) if options.choices else []
     return rows, {one["EMAIL"]: one["EXTERNAL_REF"] for one in choices}
 
@@ -335,9 +320,11 @@ def records(path: Any) -> list[dict[str, str]]:
 
 
 class NetworkRule:
-    """What the network does to some requests of an endpoint: "lost", "unheard", "late", "twice", or a delay."""
+    """What the network does to some requests of an endpoint: see NetworkFaults."""
 
-    def __init__(self, endpoint: str, kind: str, seconds: float, skip: int, times: int) -> None:
+    def __init__(
+        self, endpoint: str, kind: str = "", seconds: float = 0.0, skip: int = 0, times: int = 1
+    ) -> None:
         self.endpoint, self.kind, self.seconds = endpoint, kind, seconds
         self.skip, self.times = skip, times
 
@@ -347,25 +334,16 @@ class Scene(Stage):
 
     LATENCY = 0.05
 
-    def __init__(self, module: Any = None, **switches: Any) -> None:
-        clock = Clock()
-        organisation = Organisation()
-        world = World(
-            organisation,
-            lambda: clock.now,
-            lambda: EPOCH + clock.now,
-            on_request=self._on_request,
-            **switches,
-        )
-        super().__init__(module or the_module(), world, clock, Trace(clock, 2000))
+    def __init__(self) -> None:
+        super().__init__(the_module(), Organisation())
         self.settings: dict[str, Any] = {"calls": 0, "period": 60.0, "timeout": 30.0, "retries": 5}
         self._hooks: list[tuple[str, str, int, Callable[[dict[str, Any]], bool], Act]] = []
         self._network: list[NetworkRule] = []
-        self._kill: tuple[str, int] | None = None
-        self._full: tuple[str, int] | None = None
+        self._kill: list[Nth] = []
+        self._full: Nth | None = None
         self._tell: Callable[[], None] | None = None
 
-    # ----- the organisation ------------------------------------------------------------------------
+    # ----- the organisation -----------------------------------------------------------------------
 
     def pair(
         self, number: int, tickets: tuple[int, int] = (2, 1), talk: bool = True, **fields: Any
@@ -391,7 +369,7 @@ class Scene(Stage):
         rows = [row for row in self.export_rows() if row.id not in set(leave_out)]
         self.write_csv(row._replace(**changes.get(row.id, {})) for row in rows)
 
-    # ----- what happens ----------------------------------------------------------------------------
+    # ----- what happens ---------------------------------------------------------------------------
 
     def at(self, seconds: float, act: Act) -> None:
         """Act in so many seconds."""
@@ -405,8 +383,8 @@ class Scene(Stage):
         """Act after DevRev has acted on the n-th such request, before its answer arrives."""
         self._hooks.append(("after", endpoint, n, match, act))
 
-    def _on_request(self, stage: str, request: Request) -> None:
-        self.checker.undo.heard(stage, request)
+    def on_request(self, stage: str, request: Request) -> None:
+        super().on_request(stage, request)
         due = []
         for number, (when, endpoint, left, match, act) in enumerate(self._hooks):
             if when == stage and endpoint == request.endpoint and match(request.body):
@@ -424,20 +402,19 @@ class Scene(Stage):
     def answer(
         self, endpoint: str, status: int, content: Any, done: bool = False, **more: Any
     ) -> Fault:
-        """Answer with a status and JSON, or HTML where `content` is text; `done`: the request is carried out."""
-        return self.fault(
-            "other-after" if done else "other", endpoint, detail=(status, content), **more
-        )
+        """Answer with a status, and JSON or HTML; `done`: the request is carried out."""
+        kind = "other-after" if done else "other"
+        return self.fault(kind, endpoint, detail=(status, content), **more)
 
-    def lose_request(self, endpoint: str, skip: int = 0, times: int = 1) -> None:
-        self._network.append(NetworkRule(endpoint, "lost", 0.0, skip, times))
+    def lose_request(self, endpoint: str, **more: int) -> None:
+        self._network.append(NetworkRule(endpoint, "lost", **more))
 
-    def lose_answer(self, endpoint: str, skip: int = 0, times: int = 1) -> None:
-        self._network.append(NetworkRule(endpoint, "unheard", 0.0, skip, times))
+    def lose_answer(self, endpoint: str, **more: int) -> None:
+        self._network.append(NetworkRule(endpoint, "unheard", **more))
 
-    def delay(self, endpoint: str, seconds: float, skip: int = 0, times: int = 1) -> None:
+    def delay(self, endpoint: str, seconds: float, **more: int) -> None:
         """Let the answer take so many seconds."""
-        self._network.append(NetworkRule(endpoint, "", seconds, skip, times))
+        self._network.append(NetworkRule(endpoint, seconds=seconds, **more))
 
     def network_faults(self, endpoint: str) -> NetworkFaults:
         for rule in self._network:
@@ -451,14 +428,15 @@ class Scene(Stage):
         return NetworkFaults(self.LATENCY, self.LATENCY)
 
     def kill(self, step: str, n: int = 1) -> None:
-        """Kill the next run at its n-th step whose name holds these words: "sending …", "hearing of …",
-        "before the commit of savepoint.db", "in the middle of …", "after writing manifest.json", "naming …"."""
-        self._kill = step, n
+        """Kill the next run at its n-th step whose name holds these words: "sending …",
+        "hearing of …", "before the commit of savepoint.db", "in the middle of …", "after writing
+        manifest.json", "naming …"."""
+        self._kill = [Nth(step, n)]
 
-    def fill_disk(self, write: str = "", n: int = 1) -> None:
-        """In the next run the disk is full from the n-th write on whose name holds these words, for such writes:
-        "commit of savepoint.db", "writing manifest.json", "naming merge_report"."""
-        self._full = write, n
+    def fill_disk(self, write: str, n: int) -> None:
+        """In the next run the disk is full from the n-th write on whose name holds these words, for
+        such writes: "commit of savepoint.db", "writing manifest.json", "naming merge_report"."""
+        self._full = Nth(write, n)
 
     def ctrl_c(self, _organisation: Any = None) -> None:
         """The user presses Ctrl-C: an act."""
@@ -466,24 +444,14 @@ class Scene(Stage):
         self._tell()
 
     def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
-        def arrive() -> None:
-            if loop.is_closed():
-                return
-            self.trace("Ctrl-C")
-            run.signal = 2
-            act()
-            if not self.checker.stopped:
-                self.checker.stopped, self.checker.interrupted = True, self.clock.now
+        self._tell = lambda: loop.call_soon(self.interrupt, run, act)
 
-        self._tell = lambda: loop.call_soon(arrive)
-
-    # ----- files -----------------------------------------------------------------------------------
+    # ----- files ----------------------------------------------------------------------------------
 
     def lose(self, name: str) -> None:
-        """Delete a file of the savepoint ("savepoint.db", "savepoint-copy.db"), "backups", or a report."""
-        paths = {MAIN.name: MAIN, COPY.name: COPY}
-        if name in paths:
-            self.checker.lose_file(paths[name])
+        """Delete a file of the savepoint, "backups", or a report."""
+        if name in FILES:
+            self.checker.lose_file(FILES[name])
         elif name == "backups":
             self.checker.lose_backups()
         else:
@@ -491,42 +459,44 @@ class Scene(Stage):
 
     def keep(self, *names: str) -> None:
         """Take a copy of files of the savepoint, to be put back."""
-        for path in (MAIN, COPY):
-            if path.name in names:
-                shutil.copy(str(path), f"{path.name}.kept")
+        for name in names:
+            shutil.copy(str(FILES[name]), f"{name}.kept")
 
     def put_back(self, *names: str) -> None:
         """Put the copies that were kept in the files' places."""
-        for path in (MAIN, COPY):
-            if path.name in names:
-                self.checker.lose_file(
-                    path, Path(f"{path.name}.kept"), forget=path.name == names[-1]
-                )
+        for name in names:
+            self.checker.lose_file(FILES[name], Path(f"{name}.kept"), forget=name == names[-1])
 
-    # ----- runs ------------------------------------------------------------------------------------
+    # ----- runs -----------------------------------------------------------------------------------
 
     def make_settings(self, workers: int) -> Any:
         given = {"token": self.world.token, "base_url": "https://api.devrev.ai", "workers": workers}
         return self.module.ApiSettings(**given, **self.settings)
 
     def make_process(self) -> SimulatedProcess:
-        process = SimulatedProcess(self.module, self.clock, self.world, 1)
-        process.network_faults, process.observer = self.network_faults, self.checker
-        process.trace, process.tracing = self.trace, self.tracing
+        process = super().make_process()
         if not self.in_peace:
-            process.kill_when, self._kill = self._kill, None
-            process.full_when, self._full = self._full, None
+            process.kill_when, self._kill = self._kill, []
+            process.full_from, self._full = self._full, None
+            process.full_for = process.full_from.words if process.full_from else ""
         return process
 
-    def run(self, *argv: str) -> Run:
-        """Run the tool with these arguments, in a folder that is the current one, and judge the run."""
-        Path("reports").mkdir(exist_ok=True)
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell of a broken invariant with all that has happened."""
         try:
-            run = self.play_run(argv, self.make_process())
+            yield
         except InvariantBroken as broken:
-            raise AssertionError(f"{broken.invariant}: {broken.what}\n{self.story()}") from None
+            story = "\n".join(self.events)
+            raise AssertionError(f"{broken.invariant}: {broken.what}\n{story}") from None
         finally:
             self._tell = None
+
+    def run(self, *argv: str) -> Run:
+        """Run the tool with these arguments, in a folder that is the current one, and judge it."""
+        Path("reports").mkdir(exist_ok=True)
+        with self._told():
+            run = self.play_run(argv)
         self.clock.advance(1.0)
         return run
 
@@ -548,21 +518,16 @@ class Scene(Stage):
         return self.run("--settle", *emails, "--yes")
 
     def end(self) -> None:
-        """Leave everything in peace: all ends, for reasons that are true, and what does not can be settled."""
-        try:
+        """Leave all in peace: it ends, for reasons that are true, and what does not is settled."""
+        with self._told():
             self.leave_in_peace()
-        except InvariantBroken as broken:
-            raise AssertionError(f"{broken.invariant}: {broken.what}\n{self.story()}") from None
 
     def waive(self, invariant: str, reason: str) -> None:
         """Turn an invariant off for this scene."""
         assert reason
         WAIVED.add(invariant)
 
-    def story(self) -> str:
-        return "\n".join(self.events.lines)
-
-    # ----- what is so ------------------------------------------------------------------------------
+    # ----- what is so -----------------------------------------------------------------------------
 
     def requests(self, endpoint: str) -> list[Request]:
         return [request for request in self.world.requests if request.endpoint == endpoint]
@@ -571,12 +536,9 @@ class Scene(Stage):
         return self.world.count(endpoint)
 
     def reference(self, contact: str) -> Any:
-        """Return the reference that a contact has now; None where there is no such contact any more."""
-        return (
-            self.organisation.contacts[contact]["external_ref"]
-            if self.organisation.alive(contact)
-            else None
-        )
+        """Return the reference that a contact has now; None where there is none any more."""
+        exists = self.organisation.alive(contact)
+        return self.organisation.contacts[contact]["external_ref"] if exists else None
 
     def holder(self, reference: str) -> Any:
         """Return the contact that exists and has a reference."""

@@ -114,7 +114,7 @@ class UndoChecker:
             contact = created[contact]
         return contact
 
-    # ----- requests --------------------------------------------------------------------------------
+    # ----- requests -------------------------------------------------------------------------------
 
     def may_finish(self, sent: Sent) -> bool:
         """Whether a request may leave although the run was told to stop: a reference must not be left on no contact."""
@@ -255,7 +255,7 @@ class UndoChecker:
             if is_lost and not self.checker.lies:
                 broken(LOST, f"{field} of {short(primary)} becomes {sent.body[field]!r}")
 
-    # ----- what DevRev carries out -----------------------------------------------------------------
+    # ----- what DevRev carries out ----------------------------------------------------------------
 
     def heard(self, stage: str, request: Request) -> None:
         """DevRev carries a request out: `before` and `after`."""
@@ -349,7 +349,7 @@ class UndoChecker:
             for one in self.checker.versions(table, identity, since)[1:]
         )
 
-    # ----- what a run has left ---------------------------------------------------------------------
+    # ----- what a run has left --------------------------------------------------------------------
 
     def after_run(
         self, rows: Mapping[Ids, Mapping[str, Any]], path: Path, code: Optional[int], needed: bool
@@ -424,7 +424,7 @@ class UndoChecker:
         hidden = (*world.restricted, *world.restricted_writes)
         return kind_of(identity) in ("ticket", "issue", "conversation") and identity not in hidden
 
-    # ----- a scenario ends -------------------------------------------------------------------------
+    # ----- a scenario ends ------------------------------------------------------------------------
 
     def after_life(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         named: DefaultDict[str, List[str]] = defaultdict(list)  # reference -> codes

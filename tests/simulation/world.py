@@ -1,14 +1,14 @@
-"""Simulated time, a simulated process, and the network between it and tests.fake.organisation, all drawn from a seed.
+"""Simulated time, a simulated process, and the network between it and tests.fake.organisation.
 
-Nothing here sleeps, flushes to a disk or opens a socket. A run can be killed between any two steps that it takes
-outside its own memory, and in the middle of a durable write; what it had sent by then arrives all the same.
+Nothing here sleeps, flushes to a disk or opens a socket. A run can be killed between any two steps
+that it takes outside its own memory, and in the middle of a durable write; what it had sent by then
+arrives all the same.
 """
 
 import asyncio
 import contextlib
 import email.utils
 import importlib.util
-import io
 import json
 import math
 import os
@@ -17,12 +17,10 @@ import sqlite3
 import sys
 import types
 import warnings
-from collections import deque
 from pathlib import Path
 from typing import (
     Any,
     Callable,
-    Deque,
     Dict,
     Iterable,
     Iterator,
@@ -33,6 +31,8 @@ from typing import (
     Tuple,
 )
 
+from requests.structures import CaseInsensitiveDict as Headers
+
 from tests.fake.trouble import Answer
 from tests.fake.world import World
 
@@ -41,7 +41,7 @@ EPOCH = 1_750_000_000.0  # the wall clock at the beginning of a scenario
 
 
 class Killed(KeyboardInterrupt):
-    """The process was killed. A KeyboardInterrupt, because asyncio lets that through at once, whatever waits."""
+    """The process was killed. A KeyboardInterrupt, because asyncio lets that through at once."""
 
 
 class InvariantBroken(KeyboardInterrupt):
@@ -65,11 +65,9 @@ def broken(invariant: str, what: str) -> None:
 def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -> types.ModuleType:
     """Load the module under a name of its own, from another source if one is given (a mutant)."""
     spec = importlib.util.spec_from_loader(name, loader=None)
-    assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    module.__file__ = str(
-        MODULE.parent / "tests" / MODULE.name
-    )  # where there is no template of a report's page
+    # Where there is no template of a report's page:
+    module.__file__ = str(MODULE.parent / "tests" / MODULE.name)
     sys.modules[name] = module
     text = MODULE.read_text(encoding="utf-8") if source is None else source
     exec(compile(text, str(MODULE), "exec"), module.__dict__)
@@ -82,8 +80,7 @@ def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -
 
 
 class Clock:
-    """True time, and the two clocks of the machine: a laptop that sleeps stops the steady one, the wall clock can be
-    set."""
+    """True time, and two clocks: the steady one stops in sleep, the wall clock can be set."""
 
     def __init__(self) -> None:
         self.now = 0.0  # true seconds
@@ -185,9 +182,9 @@ def bury(loop: Loop) -> None:
     warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that are never awaited
     try:
         for task in asyncio.all_tasks(loop):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            task._log_destroy_pending = False
             with contextlib.suppress(BaseException):
-                task.get_coro().close()  # type: ignore[union-attr]
+                task.get_coro().close()
         loop.close()
     finally:
         asyncio.set_event_loop(None)
@@ -215,49 +212,44 @@ class Sent(NamedTuple):
     at: float  # true seconds
 
 
+class Nth:
+    """The n-th of the steps whose name has these words."""
+
+    def __init__(self, words: str, n: int) -> None:
+        self.words, self.left = words, n
+
+    def is_it(self, what: str) -> bool:
+        self.left -= self.words in what
+        return self.words in what and not self.left
+
+
 class SimulatedProcess:
     """The process of one run: it takes steps, and may be killed at any of them.
 
-    `observer` is told `asked(sent)` before a request leaves, `answered(sent, answer)` as an answer is handed over, and
-    `wrote(connection)` after each commit; `network_faults(endpoint)` says what the network does.
+    `observer` is told `asked(sent)` before a request leaves, `answered(sent, answer)` as an answer
+    is handed over, and `wrote(connection)` after each commit.
     """
 
     MOST_IDLE = 3000  # requests without a durable write
 
     def __init__(self, module: Any, clock: Clock, its_devrev: World, seed: int) -> None:
-        self.module = module
-        self.clock = clock
-        self.fake_devrev = its_devrev
+        self.module, self.clock, self.fake_devrev = module, clock, its_devrev
+        self.settings: Any = None
         self.random = random.Random(seed)
-        self.network_faults: Callable[[str], NetworkFaults] = lambda _endpoint: NetworkFaults(
-            0.05, 0.05
-        )
+        self.network_faults: Callable[[str], NetworkFaults] = lambda _: NetworkFaults(0.05, 0.05)
         self.observer: Any = None
         self.trace: Callable[[str], None] = lambda _what: None
-        self.tracing = False
-        self.kill_at: Optional[int] = None
-        self.kill_after_merge: Optional[Tuple[int, int]] = (
-            None  # so many steps after the n-th merge request
-        )
-        self.kill_between: Optional[int] = (
-            None  # at the n-th intent, when it is in the first file and not in the copy
-        )
-        self.killed_at_report = False  # before a merge report gets its name
-        self.kill_when: Optional[Tuple[str, int]] = (
-            None  # at the n-th step with these words in its name
-        )
+        self.kill_at: Optional[int] = None  # step
+        # So many steps after the n-th merge request:
+        self.kill_after_merge: Optional[Tuple[int, int]] = None
+        self.kill_when: List[Nth] = []
         self.full_at: Optional[int] = None  # the disk is full at this step
         self.full_for = ""  # and from then on for every write with these words in its name, if any
-        self.full_when: Optional[Tuple[str, int]] = None  # from the n-th write with these words on
-        self.full_intent: Optional[Tuple[str, int]] = (
-            None  # a file that can't take its n-th intent, nor anything after
-        )
-        self.steps = self.merges = self.intents = self.travelling = 0
+        self.full_from: Optional[Nth] = None  # a write that takes the place of the step
+        self.steps = self.merges = self.travelling = 0
         self.dead = False
         self.connections: Dict[str, Connection] = {}  # by the file's name
-        self.hot_journal: Optional[Tuple[Path, bytes]] = (
-            None  # that a commit leaves which was killed in its middle
-        )
+        self.hot_journal: Optional[Tuple[Path, bytes]] = None  # that a torn commit leaves
         self.idle = 0  # requests since the last durable write
         self.units_unseen = 0  # requests whose answer's headers the run has never seen
 
@@ -275,11 +267,7 @@ class SimulatedProcess:
             self.kill(what)
 
     def _is_meant(self, what: str) -> bool:
-        """Count a step whose name a script has given; return whether it is the one at which to be killed."""
-        if self.kill_when is None or self.kill_when[0] not in what:
-            return False
-        self.kill_when = self.kill_when[0], self.kill_when[1] - 1
-        return not self.kill_when[1]
+        return any(one.is_it(what) for one in self.kill_when)
 
     def kill(self, what: str) -> None:
         self.dead = True
@@ -290,14 +278,10 @@ class SimulatedProcess:
         """Take the step before a durable write. Return whether a kill tears it in its middle."""
         self.step(f"before {what}")
         self.idle = 0
-        if self.killed_at_report and what.startswith("naming merge_report"):
-            self.kill(f"before {what}")
-        self._count_write(what)
-        if (
-            self.full_at is not None
-            and self.steps >= self.full_at
-            and (self.full_for in what or not self.full_for)
-        ):
+        if self.full_from and self.full_from.is_it(what):
+            self.full_at = self.steps
+        is_full = self.full_at is not None and self.steps >= self.full_at
+        if is_full and self.full_for in what:
             if not self.full_for:
                 self.full_at = None
             self.trace(f"the disk is full: {what}")
@@ -306,24 +290,8 @@ class SimulatedProcess:
         self.steps += 1
         return self.steps == self.kill_at or self._is_meant(f"in the middle of {what}")
 
-    def _count_write(self, what: str) -> None:
-        """Count a write whose name a script has given: from the n-th one on the disk is full for such writes."""
-        if self.full_when is None or self.full_when[0] not in what:
-            return
-        words, left = self.full_when
-        self.full_when = words, left - 1
-        if left == 1:
-            self.full_at, self.full_for = self.steps, words
-
-    def count_intent(self, name: str) -> None:
-        """Count an intent that a file is about to commit; the disk may be full for that file from here on."""
-        if self.full_intent and self.full_intent[0] == name:
-            self.full_intent = name, self.full_intent[1] - 1
-            if not self.full_intent[1]:
-                self.full_at, self.full_for = self.steps, f"of {name}"
-
     def end(self) -> None:
-        """Close the files as the operating system does when a process ends, and leave what a torn commit leaves."""
+        """Close the files as the operating system does, and leave what a torn commit leaves."""
         self.dead = True
         for connection in self.connections.values():
             connection.close()
@@ -353,7 +321,7 @@ class Connection(sqlite3.Connection):
     def _commit(self) -> Any:
         process, name = self.process, f"the commit of {self.path.name}"
         if any(row["state"] == "requested" for row in self.pending):
-            process.count_intent(self.path.name)
+            name += " with an intent"
         try:
             torn = process.durable(name)
         except OSError:
@@ -363,16 +331,12 @@ class Connection(sqlite3.Connection):
         found = super().execute("COMMIT")
         rows, self.pending = self.pending, []
         process.observer.wrote(self.path.name, rows)
-        if self.path.name == "savepoint.db" and any(row["state"] == "requested" for row in rows):
-            process.intents += 1
-            if process.intents == process.kill_between:
-                process.kill(f"after {name} and before the copy's")
         process.step(f"after {name}")
         return found
 
     def _tear(self, name: str) -> None:
-        """Be killed in the middle of a commit: SQLite's journal is left beside the file, of which all new pages or none
-        are written. Whoever opens it next has to roll it back."""
+        """Be killed in the middle of a commit: SQLite's journal is left beside the file, which has
+        all new pages or none. Whoever opens it next has to roll it back."""
         journal = self.path.with_name(self.path.name + "-journal")
         content = journal.read_bytes() if journal.exists() else b""
         if self.process.steps % 2:
@@ -385,26 +349,17 @@ class Connection(sqlite3.Connection):
             raise Killed
         rows = list(rows)
         if "INTO pairs" in statement:
-            self.pending = self.pending + [stored_row(row) for row in rows]
-            for row in self.pending[-len(rows) :] if self.process.tracing and rows else ():
+            for row in map(stored_row, rows):
+                self.pending = [*self.pending, row]
                 code = row["code"] and f" ({row['code']}: {row['error'][:100]})"
-                self.process.trace(
-                    f"  {self.path.name}: {short(row['duplicate_id'])} is {row['state']}{code}"
-                )
+                duplicate = short(row["duplicate_id"])
+                self.process.trace(f"  {self.path.name}: {duplicate} is {row['state']}{code}")
         return super().executemany(statement, rows)
 
 
 ROW = (
-    "primary_id",
-    "duplicate_id",
-    "organisation",
-    "email",
-    "state",
-    "new_ref",
-    "run",
-    "revision",
-    "document",
-)
+    "primary_id", "duplicate_id", "organisation", "email", "state", "new_ref", "run", "revision", "document",
+)  # fmt: skip
 
 
 def stored_row(values: Any) -> Dict[str, Any]:
@@ -416,15 +371,15 @@ def stored_row(values: Any) -> Dict[str, Any]:
 def short(don: str) -> str:
     """`REVU-7`, `TKT-3` of an id."""
     kind, _, key = don.rpartition(":")[2].partition("/")
-    return {"revu": "REVU-", "ticket": "TKT-", "issue": "ISS-", "conversation": "CONV-"}.get(
-        kind, kind
-    ) + key
+    prefixes = {"revu": "REVU-", "ticket": "TKT-", "issue": "ISS-", "conversation": "CONV-"}
+    return prefixes.get(kind, kind) + key
 
 
-def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any:
-    """Make an Environment of this module that is the simulated process."""
+def environment_of(process: SimulatedProcess, settings: Any) -> Any:
+    """Make an Environment of the module that is the simulated process."""
+    module, process.settings = process.module, settings
 
-    class Simulated(module.Environment):  # type: ignore[misc, name-defined]
+    class Simulated(module.Environment):
         def __init__(self) -> None:
             super().__init__(settings)
             self.random = process.random
@@ -441,11 +396,10 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
             self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None
         ) -> Any:
             try:
-                return await exchange(module, process, settings, endpoint, body, deadline)
+                return await exchange(process, endpoint, body, deadline)
             except Exception as error:  # which the module would take for one of its own
-                raise InvariantBroken(
-                    "the simulation itself works", f"{endpoint}: {error!r}"
-                ) from error
+                what = f"{endpoint}: {error!r}"
+                raise InvariantBroken("the simulation itself works", what) from error
 
         async def run_in_thread(self, job: Any, *args: Any) -> Any:
             await asyncio.sleep(0.001 + 0.02 * process.random.random())
@@ -471,12 +425,10 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
         def open_database(self, uri: str) -> Any:
             path = Path(uri[len("file:") :].partition("?")[0])
             process.step(f"opening {path.name}")
-            connection = sqlite3.connect(
-                uri, uri=True, isolation_level=None, timeout=0, factory=Connection
-            )
-            connection.process, connection.path = process, path
-            process.connections[path.name] = connection
-            return connection
+            db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, factory=Connection)
+            db.process, db.path = process, path
+            process.connections[path.name] = db
+            return db
 
         def fsync_file(self, file: Any) -> None:
             file.flush()
@@ -493,65 +445,45 @@ def tear(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield whole[: len(whole) // 2]
 
 
-class SilentStream(io.StringIO):
-    """A console without a reader."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def isatty(self) -> bool:
-        return False
-
-
 # --------------------------------------------------------------------------------------------------
 # The network
 # --------------------------------------------------------------------------------------------------
 
 
 async def exchange(
-    module: Any,
-    process: SimulatedProcess,
-    settings: Any,
-    endpoint: str,
-    body: Dict[str, Any],
-    deadline: Optional[float],
+    process: SimulatedProcess, endpoint: str, body: Dict[str, Any], deadline: Optional[float]
 ) -> Any:
-    """Send one request through the network; return its answer as the real transport would hand it over."""
-    complete = min(10 * settings.timeout, deadline or math.inf)
-    silence = min(settings.timeout, complete)
-    body = json.loads(module.to_json(body))
+    """Send a request through the network; return its answer as the transport would give it."""
+    timeout, loop = process.settings.timeout, asyncio.get_event_loop()
+    complete = min(10 * timeout, deadline or math.inf)
+    silence = min(timeout, complete)
     process.step(f"sending {endpoint}")
     process.idle += 1
     if process.idle > process.MOST_IDLE:
-        raise InvariantBroken(
-            "a run makes progress", f"{process.idle} requests without a durable write"
-        )
-    sent = Sent(endpoint, body, process.clock.now)
+        what = f"{process.idle} requests without a durable write"
+        raise InvariantBroken("a run makes progress", what)
+    sent = Sent(endpoint, json.loads(process.module.to_json(body)), process.clock.now)
     process.observer.asked(sent)
     process.clock.last_progress = process.clock.now
     process.merges += endpoint == "rev-users.merge"
-    network_faults = process.network_faults(endpoint)
-    loop = asyncio.get_event_loop()
     future = loop.create_future()
 
     def hand_over(answer: Any) -> None:
         if not (process.dead or loop.is_closed() or future.done()):
             future.set_result(answer)
 
-    begin(module, process, settings, sent, network_faults, hand_over)
-    none = module.HttpResponse(None, {}, None, f"no answer within {silence:g} s")
-    timer = loop.call_later(silence, hand_over, none)
+    begin(process, sent, process.network_faults(endpoint), hand_over)
+    timer = loop.call_later(silence, hand_over, nothing(process, f"no answer in {silence:g} s"))
     try:
         answer = await future
     finally:
         timer.cancel()
     if answer is LONG:
-        await asyncio.sleep(max(0.0, complete - 0.9 * settings.timeout))
-        answer = module.HttpResponse(None, {}, None, f"no complete answer within {complete:g} s")
+        await asyncio.sleep(max(0.0, complete - 0.9 * timeout))
+        answer = nothing(process, f"no complete answer within {complete:g} s")
     process.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
-    process.trace(
-        f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}"
-    )
+    heard = f"{answer.status or answer.problem} {told(answer.data)}"
+    process.trace(f"  <- {endpoint} {describe(sent.body)}: {heard}")
     process.step(f"hearing of {endpoint}")
     process.observer.answered(sent, answer)
     return answer
@@ -560,87 +492,61 @@ async def exchange(
 LONG = object()  # an answer that goes on for too long
 
 
+def nothing(process: SimulatedProcess, why: str, sent: bool = True) -> Any:
+    """Return what the transport says of a request without an answer."""
+    return process.module.HttpResponse(None, {}, None, why, sent=sent)
+
+
 def begin(
-    module: Any,
-    process: SimulatedProcess,
-    settings: Any,
-    sent: Sent,
-    network_faults: NetworkFaults,
-    hand_over: Callable[[Any], None],
+    process: SimulatedProcess, sent: Sent, faults: NetworkFaults, hand_over: Callable[[Any], None]
 ) -> None:
     """Let a request travel: it arrives whatever happens to the process that has sent it."""
-    later, kind = process.fake_devrev.later, network_faults.kind
+    devrev, settings, kind = process.fake_devrev, process.settings, faults.kind
     note = f" [{kind}]" if kind else ""
     process.trace(f"  -> {sent.endpoint} {describe(sent.body)}{note}")
     if kind == "refused":
-        later(
-            network_faults.there,
-            lambda: hand_over(module.HttpResponse(None, {}, None, "no connection", sent=False)),
-        )
-        return
-    if kind == "lost":
+        answer = nothing(process, "no connection", sent=False)
+        devrev.later(faults.there, lambda: hand_over(answer))
+    if kind in ("refused", "lost"):
         return
 
     def arrive() -> None:
         process.travelling -= 1
-        answer = process.fake_devrev.respond(sent.endpoint, dict(sent.body), settings.token)
+        answer = devrev.respond(sent.endpoint, dict(sent.body), settings.token)
         if kind == "twice":
-            process.fake_devrev.respond(sent.endpoint, dict(sent.body), process.fake_devrev.token)
+            devrev.respond(sent.endpoint, dict(sent.body), devrev.token)
         if kind == "unheard":
-            later(
-                network_faults.back,
-                lambda: hand_over(module.HttpResponse(None, {}, None, "the connection broke")),
-            )
-            return
-        parsed, seconds = parse(module, process, settings, answer)
+            parsed, seconds = nothing(process, "the connection broke"), 0.0
+        else:
+            parsed, seconds = parse(process, answer)
         if seconds is not None:
-            later(network_faults.back + seconds, lambda: hand_over(parsed))
+            devrev.later(faults.back + seconds, lambda: hand_over(parsed))
 
     process.travelling += 1
-    later(network_faults.there + (3 * settings.timeout if kind == "late" else 0.0), arrive)
+    devrev.later(faults.there + (3 * settings.timeout if kind == "late" else 0.0), arrive)
 
 
-def parse(
-    module: Any, process: SimulatedProcess, settings: Any, answer: Answer
-) -> Tuple[Any, Optional[float]]:
-    """Return DevRev's answer as module.HttpTransport would read it, and the seconds that it takes; None: it never comes."""
-    if answer.manner == "hang":
-        return module.HttpResponse(None, {}, None, "the connection broke"), answer.seconds
-    if answer.manner in ("reset", "cut"):
-        return module.HttpResponse(None, {}, None, "the connection broke"), 0.0
-    if answer.manner == "drip" and answer.seconds * len(answer.payload) > 10 * settings.timeout:
-        return LONG, settings.timeout * 0.9
+def parse(process: SimulatedProcess, answer: Answer) -> Tuple[Any, Optional[float]]:
+    """Return DevRev's answer as module.HttpTransport would read it, and the seconds that it takes;
+    None: it never comes."""
+    timeout = process.settings.timeout
+    if answer.manner in ("hang", "reset", "cut"):
+        seconds = answer.seconds if answer.manner == "hang" else 0.0
+        return nothing(process, "the connection broke"), seconds
     seconds = answer.seconds * (len(answer.payload) if answer.manner == "drip" else 1)
-    headers = dict(
-        answer.headers, Date=email.utils.formatdate(EPOCH + process.clock.now, usegmt=True)
-    )
-    data, problem = module.parse_body(answer.status, answer.payload, settings)
-    return module.HttpResponse(answer.status, Headers(headers), data, problem), min(
-        seconds, 9.9 * settings.timeout
-    )
-
-
-class Headers(Dict[str, str]):
-    """Headers, found in upper and lower case."""
-
-    def __init__(self, headers: Mapping[str, str]) -> None:
-        super().__init__({name.lower(): value for name, value in headers.items()})
-
-    def __getitem__(self, name: str) -> str:
-        return super().__getitem__(name.lower())
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(str(name).lower())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
+    if answer.manner == "drip" and seconds > 10 * timeout:
+        return LONG, timeout * 0.9
+    date = email.utils.formatdate(EPOCH + process.clock.now, usegmt=True)
+    data, problem = process.module.parse_body(answer.status, answer.payload, process.settings)
+    headers = Headers(answer.headers, Date=date)
+    response = process.module.HttpResponse(answer.status, headers, data, problem)
+    return response, min(seconds, 9.9 * timeout)
 
 
 def describe(body: Mapping[str, Any]) -> str:
     """Describe a request's body in a few words."""
-    return " ".join(
-        f"{name}={words(value)}" for name, value in body.items() if name not in ("limit", "type")
-    )
+    shown = {name: value for name, value in body.items() if name not in ("limit", "type")}
+    return " ".join(f"{name}={words(value)}" for name, value in shown.items())
 
 
 def words(value: Any) -> str:
@@ -659,16 +565,6 @@ def told(data: Optional[Mapping[str, Any]]) -> str:
             ids = (short(str(item.get("id"))) for item in value[:8] if isinstance(item, dict))
             return f"{len(value)} {name}: " + ",".join(ids)
         if isinstance(value, dict):
-            return f"{short(str(value.get('id')))} {value.get('state', '')} {value.get('external_ref', '')}".strip()
+            shown = [short(str(value.get("id"))), value.get("state"), value.get("external_ref")]
+            return " ".join(str(one) for one in shown if one)
     return str(data.get("message", ""))[:80]
-
-
-class Trace:
-    """The last events of a scenario, for people."""
-
-    def __init__(self, clock: Clock, most: Optional[int]) -> None:
-        self.clock = clock
-        self.lines: Deque[str] = deque(maxlen=most)
-
-    def __call__(self, what: str) -> None:
-        self.lines.append(f"{self.clock.now:12.3f}  {what}")
