@@ -17,7 +17,7 @@ Map of this file, roughly bottom-up:
   Errors        FatalError, PairError         what ends a run, what fails a pair
   Text                                        sanitizing, file names, JSON
   Environment   Environment, CancelToken      clocks, disk, threads, network, for a simulation
-  CSV           Contact, read_contacts        which rows are contacts
+  CSV           Contact, ContactReader        which rows are contacts
   Detection     classify_group                which contact is primary, and by what rule
                 check_live                    what DevRev has to say before a group is merged
                 State, Pair                   what is known of one merge
@@ -831,29 +831,30 @@ COLUMNS = {
     "created": "CREATED_AT",
     "updated": "UPDATED_AT",
 }
-NAME_COLUMNS = (COLUMNS["display_name"], COLUMNS["full_name"])
 MAX_CELL = 64 << 20
 MAX_TEXT = 1000  # characters of a name or an address that are normalised: it takes quadratic time
-MAX_INVALID_ROWS = 1000  # that are named; more are only counted
-MAX_OF_A_KIND = 20  # of each reason some are named, however many others come before
+# So many invalid rows are named, and of each reason some, however many others come before: with the
+# seven reasons of INVALID_ROWS at most a thousand. More are only counted.
+MAX_INVALID_ROWS = 860
+MAX_OF_A_KIND = 20
 # `4.0` is what a spreadsheet makes of 4. Three zeros may be thousands: `1.000` is not guessed.
 _COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
 # A date as a warehouse or a spreadsheet writes it, in whichever order.
-_TIME = re.compile(r"\d\s*[-/.:]\s*\d")  # whatever the layout
 _DATE = re.compile(r"(\d{4}[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.]\d{4})(?!\d)")
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet takes for a formula
 # Where spreadsheets of half of Europe split a cell, and the rest would be a formula.
 _SPLIT = re.compile(r"([;\t\r\n])(?=[\"']*[=+\-@\t\r])")
-_NO_ADDRESS = re.compile(r"[,;<>\"\s]")
+_ADDRESS = re.compile(r"[^@,;<>\"\s]+@[^@,;<>\"\s]+")
 # Invisible beside the categories Cc, Cf, Zs, Zl and Zp: blank letters and variation selectors.
 _BLANK = re.compile(
     "[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+_PUNYCODE = re.compile(r"(?<=[@.])xn--([^@.]+)")
 _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 _NULL_IDS = frozenset(("\\N", "NULL", "null", "nan", "NaN", "None", "none"))
 # Id, email, reference and count of a row, a line each, that need no closer look: no blanks, no
 # apostrophe in front, common letters alone. Nearly all of a million rows are so.
-_LETTERS = r"[!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3]+"
+_LETTERS = r"[!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3]{1,400}"
 _PLAIN_ROW = re.compile(rf"(don:\S+)\n(?!')({_LETTERS}@{_LETTERS})\n([^\s']\S*)\n[0-9]{{1,18}}")
 
 
@@ -864,15 +865,12 @@ def parse_count(cell: str) -> int | None:
     return int(text.partition(".")[0]) if _COUNT.fullmatch(text) else None
 
 
-def cell_text(cell: str) -> str:
-    """Return a cell without the apostrophe that `guard_cell` has put before it."""
-    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell, 1) else cell
-
-
 def trimmed_text(cell: str) -> str:
-    """Return `cell_text` without white space around it, in whichever order they came."""
-    text = cell.strip()
-    return cell_text(text).strip() if text[:1] == "'" else text
+    """Return a cell without white space around it and without the apostrophe of `guard_cell`."""
+    text = cell.lstrip()
+    if text[:1] == "'" and _FORMULA.match(text, 1):
+        text = text[1:]
+    return text.strip()
 
 
 def email_key(text: str) -> str:
@@ -890,24 +888,15 @@ def loose_key(text: str) -> str:
 
     It only ever leaves contacts out; it never joins any.
     """
-    text = text.strip()[:MAX_TEXT]
-    key = text.lower()
-    if key.isascii() and key.isprintable() and " " not in key and "xn--" not in key:
-        return key
-    key = _fold(text)
-    local, at, domain = key.rpartition("@")
-    if at and "xn--" in domain:
-        key = _fold(f"{local}@{'.'.join(map(_decode_label, domain.split('.')))}")
-    return key
+    key = _fold(text.strip()[:MAX_TEXT])
+    return _fold(_PUNYCODE.sub(_decode_label, key)) if "xn--" in key else key
 
 
-def _decode_label(label: str) -> str:
+def _decode_label(label: re.Match[str]) -> str:
     """Return a label of a domain without punycode."""
-    # No domain has longer labels, and decoding takes quadratic time.
-    if label.startswith("xn--") and len(label) < 100:
-        with contextlib.suppress(ValueError, OverflowError):
-            return label[4:].encode("ascii").decode("punycode")
-    return label
+    with contextlib.suppress(ValueError, OverflowError):
+        return label.group(1).encode("ascii").decode("punycode")
+    return label.group()
 
 
 def _fold(text: str) -> str:
@@ -945,16 +934,6 @@ class Contact:
     tickets: int
     created: str
     updated: str
-
-    @classmethod
-    def from_cells(cls, cells: Sequence[str]) -> Contact:
-        """Make a contact of cells without an error, in the order of COLUMNS."""
-        texts: dict[str, Any] = {}
-        for name, cell in zip(COLUMNS, cells):
-            is_exact = name in ("display_name", "full_name", "updated")
-            texts[name] = cell_text(cell) if is_exact else trimmed_text(cell)
-        texts["tickets"] = parse_count(texts["tickets"]) or 0
-        return cls(**texts)
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
@@ -1021,11 +1000,12 @@ def live_reference(user: Json) -> str:
 
 def contact_of(user: Json) -> Contact:
     """The row of a `rev_user`; its tickets are not counted yet."""
-    names = ("id", "display_name", "email", "external_ref", "full_name")
-    texts = {name: str(user.get(name) or "") for name in names}
+    texts: dict[str, Any] = {name: str(user.get(name) or "") for name in COLUMNS}
     texts["external_ref"] = live_reference(user)
-    created, updated = (str(user.get(f"{verb}_date") or "") for verb in ("created", "modified"))
-    return Contact(**texts, tickets=0, created=created, updated=updated)
+    texts["tickets"] = 0
+    texts["created"] = str(user.get("created_date") or "")
+    texts["updated"] = str(user.get("modified_date") or "")
+    return Contact(**texts)
 
 
 _ORGANISATION = re.compile(r"don:[a-z_]+:(dvrv-[^:]+:devo/[^:]+):")
@@ -1068,26 +1048,27 @@ class CsvContents:
     invalid_counts: collections.Counter[str] = field(default_factory=collections.Counter)  # by code
     emails_in_invalid_rows: set[str] = field(default_factory=set)  # loose keys: their groups are
     look_alikes: list[Json] = field(default_factory=list)  # not known to be complete
-    files: int = 1
     other_refs: int = 0  # contacts that take no part because of their reference
-    other_ref: str = ""  # the first of these references in alphabetical order
+    other_ref: str = ""  # one of these references
     passed_over: list[str] = field(default_factory=list)  # files, and why
 
     @property
     def invalid_count(self) -> int:
         return sum(self.invalid_counts.values())
 
-    def leave_out(self, row: InvalidRow) -> None:
-        """Count an invalid row, and name it unless very many are named already."""
+    def leave_out(self, row: InvalidRow, keys: Iterable[str]) -> None:
+        """Count an invalid row, and name it unless very many are named already.
+
+        Without it the groups of these loose keys may not be complete.
+        """
+        self.emails_in_invalid_rows.update(keys)
         self.invalid_counts[row.code] += 1
-        reserved = MAX_OF_A_KIND * len(INVALID_ROWS)
         is_rare = self.invalid_counts[row.code] <= MAX_OF_A_KIND
-        if is_rare or len(self.invalid_rows) < MAX_INVALID_ROWS - reserved:
+        if is_rare or len(self.invalid_rows) < MAX_INVALID_ROWS:
             self.invalid_rows.append(row)
 
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
-_AT_SIGNS = ("@", "\uff20", "\ufe6b")  # and what a loose comparison takes for one
 FileIdentity = Tuple[int, ...]
 
 
@@ -1105,7 +1086,7 @@ class _MarkedBytes(io.BufferedReader):
 
 
 class CsvTable:
-    """A CSV, plain or gzip; its rows come with the number of their last line."""
+    """A CSV, plain or gzip."""
 
     def __init__(self, file: int, identity: FileIdentity) -> None:
         self.identity = identity
@@ -1116,22 +1097,18 @@ class CsvTable:
         self._is_packed = False
         self._is_packed = self._open().read(2) == b"\x1f\x8b"
         head = self._open().read(1 << 16)
-        problem = not_our_csv_reason(head)
-        if problem:
-            where = "in the gzip file: " if self._is_packed else ""
-            raise FatalError(EXIT_USAGE, where + problem)
-        first = first_line(head)
+        for pattern, what in FOREIGN_FILES:
+            if re.match(pattern, head, re.DOTALL):
+                where = "in the gzip file: " if self._is_packed else ""
+                raise FatalError(EXIT_USAGE, where + what)
+        # Of the first line that does not consist of blank cells.
+        first = re.split(rb"[\r\n]", head.lstrip(b"\xef\xbb\xbf ,;\t\r\n"))[0]
         self.delimiter = ","
         if b"," not in first and (b";" in first or b"\t" in first):
             self.delimiter = ";" if b";" in first else "\t"
-        # Where a blank is behind each comma of the header, it is no part of a cell, nor is one
-        # before a quote.
-        mark = self.delimiter.encode()
-        has_blanks = 0 < first.count(mark) == first.count(mark + b" ")
-        self._bytes = self._open()
-        self.rows = csv.reader(
-            _text(self._bytes), delimiter=self.delimiter, strict=True, skipinitialspace=has_blanks
-        )
+        self.bytes = self._open()
+        self.text = _text(self.bytes)
+        self.rows = csv.reader(self.text, delimiter=self.delimiter, strict=True)
 
     def _open(self) -> _MarkedBytes:
         """Return the file from its beginning."""
@@ -1139,14 +1116,6 @@ class CsvTable:
         raw.seek(0)
         unpacked: Any = gzip.GzipFile(fileobj=raw) if self._is_packed else raw
         return _MarkedBytes(unpacked)
-
-    def __iter__(self) -> Iterator[tuple[int, bool, list[str]]]:
-        """Yield each row with its line, and whether it takes up one line and holds no NUL."""
-        for row in self.rows:
-            line = self.rows.line_num
-            is_plain = line == self.ended + 1 and not self._bytes.has_nul
-            self.ended = line
-            yield line, is_plain, row
 
     def read_header(self, wanted: Iterable[str]) -> None:
         """Find the wanted columns, none in an empty file. Raises FatalError(2) naming what is
@@ -1156,19 +1125,16 @@ class CsvTable:
             if any(map(str.strip, row)):
                 header = row
                 break
-        if not header:
-            return
         names = [name.strip().upper() for name in header]
-        if any("," in name for name in names if "\n" in name or "\r" in name):
-            raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
+        if not names:
+            return
+        if any("\n" in name or "\r" in name for name in names):
+            raise FatalError(EXIT_USAGE, "a line break in the header (a stray quote?)")
         missing = [name for name in wanted if name not in names]
         if missing:
-            found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-            hint = f" (found: {found})"
-            if any("@" in name or name.startswith("DON:") for name in names):
-                hint = "; its first line is a contact: each file needs a header of its own"
-            word = "column" if len(missing) == 1 else "columns"
-            raise FatalError(EXIT_USAGE, f"missing {word} {', '.join(missing)}{hint}")
+            found = textwrap.shorten(", ".join(names), 300, placeholder=" ...")
+            words = f"no column {', '.join(missing)} (found: {found})"
+            raise FatalError(EXIT_USAGE, words)
         doubled = [name for name in wanted if names.count(name) > 1]
         if doubled:
             raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
@@ -1176,22 +1142,26 @@ class CsvTable:
         self.width = len(header)
         self.places = [names.index(name) for name in wanted]
 
-    def is_complete(self, row: Sequence[str]) -> bool:
-        """Whether a row lacks no wanted cell and has none too many.
-
-        Spreadsheets leave out the delimiters of empty cells at the end of a row.
-        """
-        return max(self.places) < len(row) <= self.width
-
     def texts(self, row: Sequence[str]) -> dict[str, str]:
         """Return the trimmed cells of COLUMNS by field."""
         return {name: trimmed_text(row[place]) for name, place in zip(COLUMNS, self.places)}
 
+    def rows_of(self, wanted: Iterator[int]) -> Iterator[tuple[int, list[str]]]:
+        """Yield the rows on the wanted lines behind the header, each with its last line."""
+        line = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal line
+            for number, text in compress(enumerate(self.text, self.ended + 1), wanted):
+                line = number
+                yield text
+
+        for row in csv.reader(lines(), delimiter=self.delimiter, strict=True):
+            yield line, row
+
     def describe_error(self, error: csv.Error) -> str:
         """Say which line is not well-formed, and why."""
         line = self.rows.line_num
-        if "field limit" in str(error):
-            return f"line {line}: a cell of more than 64 MiB (an open quote?)"
         for number, text in enumerate(islice(_text(self._open()), line), 1):
             if number > self.ended and '\\"' in text:
                 hint = "a backslash escapes a quote; unload with doubled quotes"
@@ -1201,14 +1171,6 @@ class CsvTable:
 
 def _text(source: _MarkedBytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(source, encoding="utf-8-sig", newline="")
-
-
-def first_line(head: bytes) -> bytes:
-    """Return the first line of a file that does not consist of blank cells."""
-    for line in head.lstrip(b"\xef\xbb\xbf").splitlines():
-        if line.strip(b" ,;\t\r\n"):
-            return line
-    return b""
 
 
 @contextlib.contextmanager
@@ -1223,13 +1185,13 @@ def open_table(
     table: CsvTable | None = None
     problem = ""
     try:
-        check_regular(path)
+        if path.is_dir():
+            example = path / "part-1.csv"
+            hint = f"a folder, not a file; name the files in it: {example} ..."
+            raise FatalError(EXIT_USAGE, hint)
         identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
         with open(path, "rb", buffering=0) as raw:
-            opened = identity(os.fstat(raw.fileno()))
-            changed = "changed while it was being read; wait for the export to finish"
-            if before and opened != before:
-                raise FatalError(EXIT_USAGE, changed)
+            opened = before or identity(os.fstat(raw.fileno()))
             try:
                 table = CsvTable(raw.fileno(), opened)
                 table.read_header(wanted)
@@ -1239,6 +1201,7 @@ def open_table(
                 problem = f"not a well-formed CSV: {where}"
             finally:
                 if identity(os.fstat(raw.fileno())) != opened:
+                    changed = "changed while it was being read; wait for the export to finish"
                     raise FatalError(EXIT_USAGE, changed)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         problem = "the gzip file is cut off or damaged; fetch it again"
@@ -1250,16 +1213,6 @@ def open_table(
         raise FatalError(stop.exit_code, f"{path}: {stop}") from None
     if problem:
         raise FatalError(EXIT_USAGE, f"{path}: {problem}")
-
-
-def check_regular(path: Path) -> None:
-    """Raise FatalError(2) where a path is no regular file: it has to be read twice."""
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        example = path / "part-1.csv"
-        raise FatalError(EXIT_USAGE, f"a folder, not a file; name the files in it: {example} ...")
-    if not stat.S_ISREG(mode):
-        raise FatalError(EXIT_USAGE, "not a regular file, and it has to be read twice")
 
 
 FOREIGN_FILES = (
@@ -1281,31 +1234,9 @@ FOREIGN_FILES = (
 )
 
 
-def not_our_csv_reason(head: bytes) -> str:
-    """Say what it is that begins like no CSV of ours, `""` where it may be one."""
-    for pattern, what in FOREIGN_FILES:
-        if re.match(pattern, head, re.DOTALL):
-            return what
-    return ""
-
-
-def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvContents:
-    """Read the parts of an export as one; of `emails` every row is stored, of others those that
-    recur.
-
-    Raises FatalError(2) where a file can't be read, is no UTF-8 CSV or lacks a column, and where
-    there are invalid rows and no other.
-    """
-    return ContactReader(paths).read(emails)
-
-
-def place_of(file: str, line: int, files: int) -> str:
-    return f"{file}, line {line}" if files > 1 else f"line {line}"
-
-
 class ContactReader:
-    """Reads each file twice, to hold few of very many rows: once to check the rows and to count
-    addresses and ids, and once to keep the rows that matter.
+    """Reads the parts of an export as one, each file twice, to hold few of very many rows: once to
+    check the rows and to count addresses and ids, and once to keep the rows that matter.
 
     In between a hash stands for a value, so that a million rows cost tens of megabytes; two values
     of one hash do no harm.
@@ -1313,14 +1244,19 @@ class ContactReader:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
-        self.contents = CsvContents(files=len(paths))
-        self.keys = array("q")  # of each row the hash of its loose key, and that of its id;
-        self.ids = array("q")  # -1, which no hash is, where it is left out
+        self.contents = CsvContents()
+        self.keys = array("q")  # of each line the hash of its row's loose key, and that of its id;
+        self.ids = array("q")  # -1, which no hash is, where the row is left out
         self.odd: set[str] = set()  # loose keys of rows whose own key is another
         self.tables: list[tuple[Path, FileIdentity]] = []
         self.variants: dict[str, list[tuple[str, int, Contact]]] = {}  # id -> its different rows
 
-    def read(self, emails: Iterable[str]) -> CsvContents:
+    def read(self, emails: Iterable[str] = ()) -> CsvContents:
+        """Read all; of `emails` every row is stored, of others those that recur.
+
+        Raises FatalError(2) where a file can't be read, is no UTF-8 CSV or lacks a column, and
+        where there are invalid rows and no other.
+        """
         contents = self.contents
         files = list(map(str, self.paths))
         for path in self.paths:
@@ -1332,19 +1268,15 @@ class ContactReader:
                     contents.passed_over.append(f"{path}: the file is empty; it was passed over")
         if not self.tables:
             raise FatalError(EXIT_USAGE, f"{', '.join(some(files, 3))}: the file is empty")
-        contents.contacts_read = len(self.keys) - self.keys.count(-1)
         self._store_rows(self._rows_that_matter(emails))
         self._find_conflicts()
         contents.invalid_rows.sort(key=lambda row: (files.index(row.file), row.line))
         if contents.invalid_rows and not contents.contacts_read:
-            count = plural(contents.invalid_count, "invalid one")
+            count = plural(contents.invalid_count, "invalid row")
             reasons = [
-                f"{place_of(row.file, row.line, len(self.paths))}: {row.reason}"
-                for row in contents.invalid_rows
+                f"{row.file}, line {row.line}: {row.reason}" for row in contents.invalid_rows
             ]
-            why = "; ".join(some(reasons, 3))
-            where = ", ".join(some(files, 3))
-            raise FatalError(EXIT_USAGE, f"{where}: no usable row, {count} ({why})")
+            raise FatalError(EXIT_USAGE, f"no usable row, {count}: {'; '.join(some(reasons, 3))}")
         return contents
 
     def _check_rows(self, table: CsvTable, file: str) -> None:
@@ -1352,19 +1284,28 @@ class ContactReader:
         places = dict(zip(COLUMNS, table.places))
         pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
         prefixes = (Contact.SYSTEM_PREFIX, Contact.user_prefix)
-        add_key, add_id, match = self.keys.append, self.ids.append, _PLAIN_ROW.fullmatch
-        contents, is_normal = self.contents, unicodedata.is_normalized
-        for line, is_plain, row in table:
-            found = match("\n".join(pick(row))) if is_plain and len(row) == table.width else None
-            if found and len(found.group(2)) <= MAX_TEXT:
+        contents = self.contents
+        rows = table.rows
+        match = _PLAIN_ROW.fullmatch
+        is_normal = unicodedata.is_normalized
+        add_key = self.keys.append
+        add_id = self.ids.append
+        for row in rows:
+            lines = rows.line_num - table.ended
+            table.ended = rows.line_num
+            is_plain = lines == 1 and not table.bytes.has_nul
+            found = None
+            if is_plain and len(row) == table.width:
+                found = match("\n".join(pick(row)))
+            if found:
                 identity, email, reference = found.groups()
             else:
-                problem = row_error(table, row, is_plain)
-                if problem:
-                    add_key(-1)
-                    add_id(-1)
-                    if problem != BLANK:
-                        self._leave_out(table, InvalidRow(file, line, *problem, None), row)
+                code, reason = row_error(table, row, is_plain)
+                if reason:
+                    self._leave_out(table, file, row, code, reason)
+                if code:
+                    self.keys.extend([-1] * lines)
+                    self.ids.extend([-1] * lines)
                     continue
                 identity, email, reference = map(trimmed_text, pick(row)[:3])
             key = email.lower()
@@ -1373,17 +1314,21 @@ class ContactReader:
                 key = loose_key(email)
                 if key != email_key(email):
                     self.odd.add(key)
-            add_key(hash(key))
-            add_id(hash(identity))
+            for _ in range(lines):
+                add_key(hash(key))
+                add_id(hash(identity))
+            contents.contacts_read += 1
             if not reference.startswith(prefixes):
                 contents.other_refs += 1
-                contents.other_ref = min(contents.other_ref or reference, reference)
+                contents.other_ref = contents.other_ref or reference
 
     def _leave_out(
         self,
         table: CsvTable,
-        invalid: InvalidRow,
+        file: str,
         row: Sequence[str],
+        code: str,
+        reason: str,
     ) -> None:
         """Note a bad row, and the addresses in it: their groups may not be complete.
 
@@ -1393,21 +1338,23 @@ class ContactReader:
         place = table.places[list(COLUMNS).index("email")]
         email = row[place:][:1]
         text = trimmed_text("".join(email)).replace(_NUL_MARK, "")[:320]
-        self.contents.leave_out(invalid._replace(email=text or None))
-        is_in_place = invalid.code not in ("fields", "stray_quote") and is_unshifted(table, row)
-        self.contents.emails_in_invalid_rows.update(loose_keys_in(email if is_in_place else row))
+        is_in_place = code not in ("fields", "stray_quote") and is_unshifted(table, row)
+        keys = loose_keys_in(email if is_in_place else row)
+        self.contents.leave_out(InvalidRow(file, table.ended, code, reason, text or None), keys)
 
     def _rows_that_matter(self, emails: Iterable[str]) -> Iterator[tuple[str, int, Contact]]:
-        """Yield the contacts whose address or id recurs, or whose address is requested."""
+        """Yield the contacts whose address or id recurs, or whose address is requested; and those
+        of several lines, each of which counts."""
         requested = chain(map(loose_key, emails), self.contents.emails_in_invalid_rows)
-        keys = repeated(self.keys).union(map(hash, requested)) - {-1}
-        ids = repeated(self.ids) - {-1}
+        keys = repeated(self.keys).union(map(hash, requested))
+        ids = repeated(self.ids)
         wanted = iter(bytes(key in keys or one in ids for key, one in zip(self.keys, self.ids)))
         for path, identity in self.tables:
             with open_table(path, COLUMNS.values(), identity) as table:
-                pick = itemgetter(*table.places)
-                for row in compress(table.rows, wanted):
-                    yield str(path), table.rows.line_num, Contact.from_cells(pick(row))
+                for line, row in table.rows_of(wanted):
+                    texts: dict[str, Any] = table.texts(row)
+                    texts["tickets"] = parse_count(texts["tickets"])
+                    yield str(path), line, Contact(**texts)
 
     def _store_rows(self, rows: Iterable[tuple[str, int, Contact]]) -> None:
         """Take each row once, and find the look-alikes among all of them."""
@@ -1440,123 +1387,81 @@ class ContactReader:
     def _find_conflicts(self) -> None:
         """Rows of one id that differ are invalid."""
         for variants in self.variants.values():
-            others = variants[1:] + variants[:1]
-            for (file, line, contact), (other_file, other_line, other) in zip(variants, others):
-                if len(variants) == 1:
-                    continue
-                where = f"line {other_line}"
-                if other_file != file:
-                    where = f"{other_file}, line {other_line},"
-                fields_of = [
-                    name for name in COLUMNS if getattr(contact, name) != getattr(other, name)
-                ]
-                differing = ", ".join(COLUMNS[name] for name in fields_of)
-                reason = f"the {COLUMNS['id']} of {where} with another {differing}"
-                invalid = InvalidRow(
-                    file,
-                    line,
-                    "conflict",
-                    reason,
-                    contact.email[:320],
-                )
-                self.contents.leave_out(invalid)
-                self.contents.emails_in_invalid_rows.add(loose_key(contact.email))
+            if len(variants) == 1:
+                continue
+            places = some([f"{file}, line {line}" for file, line, _ in variants])
+            reason = f"one {COLUMNS['id']} with different data: {'; '.join(places)}"
+            for file, line, contact in variants:
+                invalid = InvalidRow(file, line, "conflict", reason, contact.email[:320])
+                self.contents.leave_out(invalid, [loose_key(contact.email)])
 
 
-BLANK = ("blank", "")  # a row of blank cells is no row
-
-
-def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str, str] | None:
-    """Return the code and the words for why a row is no contact, None where it is one.
+def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str, str]:
+    """Return the code and the words for why a row is no contact, both empty where it is one; a row
+    of blank cells is none, and no error.
 
     `is_plain` is a row of one line without a NUL.
     """
     if not any(map(str.strip, row)):
-        return BLANK
-    if not table.is_complete(row):
-        # Spreadsheets also leave cells behind the last column, which are blank.
-        extra = row[table.width :]
-        if not (extra and is_plain and not any(map(str.strip, extra)) and is_unshifted(table, row)):
-            return "fields", f"{plural(len(row), 'field')} instead of {table.width}"
-    if not is_plain:
-        if any(_NUL_MARK in cell for cell in row):
-            return "nul", "a NUL character"
-        if holds_other_rows(table, row):
-            hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
-            return "stray_quote", f"a quoted field that holds other rows ({hint})"
-    cells = table.texts(row)
-    if len(row) < table.width and not holds_times(cells):
-        # A cell is missing among the eight: what stands behind it has moved up.
+        return "blank", ""
+    # Spreadsheets leave blank cells at the end of a row out, or write some more.
+    extra = row[table.width :]
+    is_complete = len(row) > max(table.places) and not any(map(str.strip, extra))
+    if extra and not is_plain:
+        is_complete = False
+    if len(row) != table.width and not (is_complete and is_unshifted(table, row)):
         return "fields", f"{plural(len(row), 'field')} instead of {table.width}"
+    if any(_NUL_MARK in cell for cell in row):
+        return "nul", "a NUL character"
+    if not is_plain and any(cell.count(table.delimiter) >= max(table.places) for cell in row):
+        hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
+        return "stray_quote", f"a quoted field that holds other rows ({hint})"
+    cells = table.texts(row)
     for name in ("id", "email", "external_ref"):
-        if not cells[name]:
+        if cells[name] == "":
             return "empty", f"empty {COLUMNS[name]}"
     if cells["id"] in _NULL_IDS:
-        return "empty", f"empty {COLUMNS['id']} ({cells['id']})"
-    problem = address_error(cells["email"])
-    if problem:
-        return "email", f"{COLUMNS['email']} is {problem}: {cells['email'][:80]}"
+        return "empty", f"{COLUMNS['id']} is {cells['id']}"
+    if not is_address(cells["email"]):
+        return "email", f"{COLUMNS['email']} is not one plain address: {cells['email'][:80]}"
     if parse_count(cells["tickets"]) is None:
         return "count", f"{COLUMNS['tickets']} is not a count: {cells['tickets'][:40]}"
-    return None
+    return "", ""
 
 
-def holds_times(cells: Mapping[str, str]) -> bool:
-    """Return whether both times of a row look like times, in whatever layout."""
-    return all(_TIME.search(cells[name]) for name in ("created", "updated"))
-
-
-def holds_other_rows(table: CsvTable, row: Sequence[str]) -> bool:
-    """Return whether a cell of several lines holds as many delimiters as a row does."""
-    delimiters = max(table.places)
-    for cell in row:
-        if cell.count(table.delimiter) >= delimiters and ("\n" in cell or "\r" in cell):
-            return True
-    return False
-
-
-def address_error(email: str) -> str:
-    """Say why a text is not one plain address, `""` where it is one."""
-    if len(email) > MAX_TEXT:
-        return f"longer than {MAX_TEXT:,} characters"
-    local, _, domain = email.partition("@")
-    is_plain = local and domain and "@" not in domain and not _NO_ADDRESS.search(email)
-    return "" if is_plain and is_visible(email) else "not one plain address"
+def is_address(email: str) -> bool:
+    return len(email) <= MAX_TEXT and bool(_ADDRESS.fullmatch(email)) and is_visible(email)
 
 
 def is_unshifted(table: CsvTable, row: Sequence[str]) -> bool:
     """Whether id, reference, count and times hold what belongs there: no comma has shifted them."""
     cells = table.texts(row)
-    identity = cells["id"]
     return (
-        identity not in ("", *_NULL_IDS)
-        and "@" not in identity
+        cells["id"] not in ("", *_NULL_IDS)
+        and "@" not in cells["id"]
         and cells["external_ref"] != ""
         and parse_count(cells["tickets"]) is not None
-        and _DATE.match(cells["created"]) is not None
-        and _DATE.match(cells["updated"]) is not None
+        and all(_DATE.match(cells[name]) for name in ("created", "updated"))
     )
 
 
-def loose_keys_in(cells: Sequence[str]) -> Iterator[str]:
+def loose_keys_in(cells: Iterable[str]) -> Iterator[str]:
     """The loose keys of whatever may be an address in cells of an invalid row."""
     for cell in cells:
-        if any(sign in cell for sign in _AT_SIGNS):
-            text = cell.replace(_NUL_MARK, "")
-            words = {
-                text,
-                trimmed_text(text),
-                *re.split(r"[,\r\n]", text),
-                *re.split(r"[\s,;<>\"]+", text),
-                *re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text),
-            }
-            for word in words:
-                if any(sign in word for sign in _AT_SIGNS):
-                    yield loose_key(word)
+        if cell.isascii() and "@" not in cell:
+            continue
+        text = cell.replace(_NUL_MARK, "")
+        words = {trimmed_text(text)}
+        for border in (r"[,\r\n]", r"[\s,;<>\"]+", r"[\s,;<>\"()\[\]{}:|]+"):
+            words.update(re.split(border, text))
+        for key in map(loose_key, words):
+            if "@" in key:
+                yield key
 
 
 def repeated(values: array[int]) -> set[int]:
-    return {value for value, times in collections.Counter(values).items() if times > 1}
+    """Return the hashes that recur; -1 is none."""
+    return {value for value, times in collections.Counter(values).items() if times > 1} - {-1}
 
 
 def csv_line(*cells: str) -> str:
@@ -1582,7 +1487,8 @@ def csv_chunks(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator
     It has a byte order mark, so that a spreadsheet shows it right.
     """
     names = list(header)
-    guards = [guard_name if name in NAME_COLUMNS else guard_cell for name in names]
+    people = (COLUMNS["display_name"], COLUMNS["full_name"])
+    guards = [guard_name if name in people else guard_cell for name in names]
     yield ("\ufeff" + csv_line(*names) + "\n").encode("utf-8")
     for cells in rows:
         line = csv_line(*(guard(cell) for guard, cell in zip(guards, cells)))
@@ -2036,28 +1942,25 @@ def read_choices(path: Path) -> dict[str, str]:
     a column, or has a row that is no choice or a second one.
     """
     choices: dict[str, str] = {}
-    lines: dict[str, int] = {}
     with open_table(path, ("EMAIL", "EXTERNAL_REF")) as table:
         if not table.width:
             raise FatalError(EXIT_USAGE, "the file is empty")
-        for line, _, row in table:
+        for row in table.rows:
             if not any(map(str.strip, row)):
                 continue
-            problem = ""
-            if not table.is_complete(row) and any(map(str.strip, row[table.width :])):
-                problem = f"{plural(len(row), 'field')} instead of {table.width}"
-            cells = [*row, ""]
-            email, reference = (trimmed_text(cells[min(place, len(row))]) for place in table.places)
+            row += [""] * (table.width - len(row))
+            email, reference = (trimmed_text(row[place]) for place in table.places)
             key = email_key(email)
-            if not key or not reference:
-                problem = problem or f"empty {'EXTERNAL_REF' if key else 'EMAIL'}"
+            problem = ""
+            if any(map(str.strip, row[table.width :])):
+                problem = f"{plural(len(row), 'field')} instead of {table.width}"
+            elif not key or not reference:
+                problem = "empty EMAIL or EXTERNAL_REF"
             elif key in choices:
-                words = f"a second choice for {key} (the first: line {lines[key]})"
-                problem = problem or f"{words}; cut the file down to one line a group"
+                problem = f"a second choice for {key}; cut the file down to one line a group"
             if problem:
-                raise FatalError(EXIT_USAGE, f"line {line}: {problem}")
+                raise FatalError(EXIT_USAGE, f"line {table.rows.line_num}: {problem}")
             choices[key] = reference
-            lines[key] = line
     return choices
 
 
@@ -9162,8 +9065,8 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list
     for entry in plan.look_alikes:
         rows = []
         for line in entry["lines"]:
-            place = place_of(line["file"], line["line"], plan.files)
-            rows.append(f"{ascii(line['email'])[1:-1]} ({place})")
+            email = ascii(line["email"])[1:-1]
+            rows.append(f"{email} ({line['file']}, line {line['line']})")
         alike.append(" and ".join(some(rows)))
     title = f"LOOK ALIKE, and not joined: {plural(len(alike), 'group')} of addresses"
     yield f"{title}; correct them in DevRev", some(alike, 20)
@@ -9172,8 +9075,7 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list
         invalid.append(f"{INVALID_ROWS[code]}: {plural(count, 'row')}")
         for row in [one for one in plan.invalid_rows if one.code == code][:20]:
             email = f" ({row.email})" if row.email else ""
-            place = place_of(row.file, row.line, plan.files)
-            invalid.append(f"  {place}: {row.reason}{email}")
+            invalid.append(f"  {row.file}, line {row.line}: {row.reason}{email}")
     yield f"LEFT OUT: {plural(plan.invalid_count, 'invalid row')}", invalid
 
 
@@ -9817,7 +9719,7 @@ def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
     gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
     try:
         choices = read_choices(options.choices) if options.choices else {}
-        contents = read_contacts(options.csv, [*choices, *named])
+        contents = ContactReader(options.csv).read([*choices, *named])
         plan = detect(contents, choices, options.primary)
     finally:
         gc.enable()

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tempfile
 import unicodedata
 from collections import Counter
@@ -100,7 +101,7 @@ def plan_of_file(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
         write(path, rows, layout or PLAIN)
-        return tool.detect(tool.read_contacts([path], choices), choices)
+        return tool.detect(tool.ContactReader([path]).read(choices), choices)
 
 
 def pairs_of(plan: Plan) -> List[Tuple[str, str, Optional[str]]]:
@@ -241,8 +242,8 @@ def test_a_conflict_says_what_differs() -> None:
     (first, second) = plan_of_file(
         map(cells_of, [SYSTEM, replace(AGAIN, updated="2020")])
     ).invalid_rows
-    assert first.reason == "the REV_USER_ID of line 3 with another TICKET_COUNT, UPDATED_AT"
-    assert second.reason == "the REV_USER_ID of line 2 with another TICKET_COUNT, UPDATED_AT"
+    assert re.match("one REV_USER_ID with different data: .*, line 2; .*, line 3$", first.reason)
+    assert second.reason == first.reason
 
 
 def cells_of(one: Contact) -> Cells:
@@ -444,8 +445,8 @@ def test_other_references_are_counted_with_an_example() -> None:
         for number, reference in enumerate(("usr_b", "usr_a", "crm", "REVU-1"))
     ]
     plan = plan_of_file(map(cells_of, [*others, others[0]]))
-    assert (plan.other_refs, plan.other_ref) == (3, "crm")
-    assert plan.others_line() == "3 contacts with other references, for example crm, take no part"
+    assert (plan.other_refs, plan.other_ref) == (3, "usr_b")
+    assert plan.others_line() == "3 contacts with other references, for example usr_b, take no part"
     assert plan_of_file(map(cells_of, [SYSTEM, USER])).others_line() == ""
 
 
@@ -628,22 +629,22 @@ CHOICES: Dict[str, Tuple[bytes, Any]] = {
     ),
     "a header alone": (b"EMAIL,EXTERNAL_REF\n", {}), "nothing": (b"", "the file is empty"),
     "one column missing": (
-        b"EMAIL,REFERENCE\nada@example.com,user_1\n", "missing column EXTERNAL_REF (found: EMAIL, REF",
+        b"EMAIL,REFERENCE\nada@example.com,user_1\n", "no column EXTERNAL_REF (found: EMAIL, REF",
     ),
-    "both columns missing": (b"ada@example.com,user_1\n", "missing columns EMAIL, EXTERNAL_REF"),
+    "both columns missing": (b"ada@example.com,user_1\n", "no column EMAIL, EXTERNAL_REF"),
     "a column twice": (b"EMAIL,email,EXTERNAL_REF\na,a,user_1\n", "EMAIL is there twice"),
     "an apostrophe before what looks like a formula": (
         b"EMAIL,EXTERNAL_REF\n'=a@x,'=b\n'c@x,'d\n", {"=a@x": "=b", "'c@x": "'d"},
     ),
     "two choices": (
         b"EMAIL,EXTERNAL_REF\nada@example.com,user_1\neve@example.com,user_1\n Ada@example.com,user_2\n",
-        "line 4: a second choice for ada@example.com (the first: line 2)",
+        "line 4: a second choice for ada@example.com; cut",
     ),
     "the same choice twice": (b"EMAIL,EXTERNAL_REF\na,user_1\na,user_1\n", "line 3: a second choice for a"),
-    "too few fields": (b"EMAIL,EXTERNAL_REF\nada@example.com\n", "line 2: empty EXTERNAL_REF"),
+    "too few fields": (b"EMAIL,EXTERNAL_REF\nada@example.com\n", "line 2: empty EMAIL or EXTERNAL_REF"),
     "too many fields": (b"EMAIL,EXTERNAL_REF\na,b,user_1\n", "line 2: 3 fields instead of 2"),
-    "no email": (b"EMAIL,EXTERNAL_REF\n ,user_1\n", "line 2: empty EMAIL"),
-    "no reference": (b"EMAIL,EXTERNAL_REF\na,user_1\nb,\n", "line 3: empty EXTERNAL_REF"),
+    "no email": (b"EMAIL,EXTERNAL_REF\n ,user_1\n", "line 2: empty EMAIL or"),
+    "no reference": (b"EMAIL,EXTERNAL_REF\na,user_1\nb,\n", "line 3: empty EMAIL or EXTERNAL_REF"),
     "an open quote": (b'EMAIL,EXTERNAL_REF\na,"user_1\n', "line 2: unexpected end of data"),
     "semicolons": (b"EMAIL;EXTERNAL_REF;X\na;user_1\n;;\nb;user_2;c\n", {"a": "user_1", "b": "user_2"}),
     "tabs": (b"EXTERNAL_REF\tEMAIL\nuser_1\ta\n", {"a": "user_1"}),
@@ -768,10 +769,7 @@ def reference_of(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Opti
     rows = [row for row in rows if row]
     good = [row for row in rows if is_good(row)]
     bad = [row for row in rows if not is_good(row)]
-    trimmed = [
-        tuple(cell if place in (1, 4, 7) else cell.strip() for place, cell in enumerate(row))
-        for row in good
-    ]
+    trimmed = [tuple(cell.strip() for cell in row) for row in good]
     distinct = {(*row[:COUNT], str(int(float(row[COUNT]))), *row[COUNT + 1 :]) for row in trimmed}
     conflicting = {one for one, times in Counter(row[ID] for row in distinct).items() if times > 1}
     invalid = len(bad) + sum(row[ID] in conflicting for row in distinct)
@@ -998,7 +996,7 @@ def test_the_split_into_files_makes_no_difference(
             )
             if packed:
                 paths[-1].write_bytes(gzip.compress(paths[-1].read_bytes()))
-        plan = tool.detect(tool.read_contacts(paths))
+        plan = tool.detect(tool.ContactReader(paths).read())
     other = plan_of_file(rows)
     assert pairs_of(plan) == pairs_of(other) and plan.contacts_read == other.contacts_read
     assert [(skip.email, skip.code) for skip in plan.skipped] == [
@@ -1079,7 +1077,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
             yield "ada@example.com"
 
         with pytest.raises(tool.FatalError) as stopped:
-            tool.read_contacts([path], meddle())
+            tool.ContactReader([path]).read(meddle())
         assert stopped.value.exit_code == 2 and "changed while it was being read" in str(
             stopped.value
         )
@@ -1094,9 +1092,12 @@ def test_of_an_email_that_is_requested_every_row_is_kept(tmp_path: Path) -> None
         ),
         PLAIN,
     )
-    assert tool.read_contacts([path]).contacts == []
-    assert [one.email for one in tool.read_contacts([path], ["f@x", EVE]).contacts] == [EVE, "F@x"]
-    plan = tool.detect(tool.read_contacts([path], ["f@x", EVE]))
+    assert tool.ContactReader([path]).read().contacts == []
+    assert [one.email for one in tool.ContactReader([path]).read(["f@x", EVE]).contacts] == [
+        EVE,
+        "F@x",
+    ]
+    plan = tool.detect(tool.ContactReader([path]).read(["f@x", EVE]))
     assert set(plan.left_alone) == {"f@x", EVE} and plan.contacts_read == 3
 
 
