@@ -37,12 +37,12 @@ Map of this file, roughly bottom-up:
   Console                                     what people see: also Preview and Page
   Command line  RunContext, main              options, settings, a function for each mode
 
-How a pair resumes: SavePoint._join_pairs (what two files know of it), ContactMerger._resume (with
+How a pair resumes: SavePoint._join (what two files know of it), ContactMerger._resume (with
 what else is known of its primary), PairMerge (from its state on), ContactMerger._poll_cancelled
 (given up, and carried out all the same), PairUndo (the same of an undo), settle_pair (ended by a
 person). A new state: State and the sets of states beside it, PairMerge, STATE_WORDS,
 AUTHORITY (which of two files wins). A new field of a pair: Pair, with a default; rows without it
-are read, and rows of other versions keep theirs. What needs more than a default: MIGRATIONS.
+are read, and rows of other versions keep theirs. What needs more than a default: FORMAT.
 """
 
 from __future__ import annotations
@@ -4425,32 +4425,32 @@ def by_id(items: Iterable[Json]) -> dict[str, Json]:
 # --------------------------------------------------------------------------------------------------
 
 
-class StoredPair(NamedTuple):
-    """A row of the table `pairs`."""
+class StoredRow(NamedTuple):
+    """A row of the table `pairs`, whose key are its ids, or of `runs`, with its id and ""."""
 
     revision: int  # the number of the write that stored it
     run: str
-    document: Json
+    document: Json  # of a run: the report's `run`, and `reported`: whether it was written
 
 
-StoredRun = Tuple[int, Json]  # revision; the report's `run`, and `reported`: whether it was written
+Rows = Mapping[Ids, StoredRow]
 
 
-def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
-    """Return which of two files to believe about one pair.
+def winning_row(one: StoredRow, other: StoredRow) -> StoredRow:
+    """Return which of two files to believe about one pair or run.
 
     The higher revision wins, for clocks can be set; at equal revisions the state that says more was
     done. A row that records a request never loses to one that doesn't, unless that one records that
     the request was never sent.
     """
 
-    def authority(row: StoredPair) -> tuple[int, int, float]:
-        state = State(row.document["state"])
-        return row.revision, AUTHORITY.index(state), row.document["requested_at"]
+    def authority(row: StoredRow) -> tuple[int, int, float]:
+        state = row.document.get("state", State.PLANNED)
+        return row.revision, AUTHORITY.index(state), row.document.get("requested_at", 0.0)
 
     winner, loser = sorted((one, other), key=authority, reverse=True)
     now = winner.document
-    requested_at = loser.document["requested_at"]
+    requested_at = loser.document.get("requested_at")
     forgets = requested_at and not now["requested_at"] and now.get("withdrawn_at") != requested_at
     if forgets and now["state"] in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
@@ -4458,16 +4458,10 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
 
 
 FIRST_FORMAT = 3  # the oldest one that is read: that of version 3.0.0
-
-
-def to_format_4(_db: sqlite3.Connection) -> None:
-    """Version 3.1.0: rows may have fields that 3.0.0 would refuse. What is there stays as it is."""
-
-
-# Each takes a file from one format to the next, within its first transaction. A new field of a pair
-# needs no other step than a default; a new meaning of an old one, a table or a state does.
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (to_format_4,)
-FORMAT = FIRST_FORMAT + len(MIGRATIONS)
+# Rows may have fields that 3.0.0 would refuse. A new field of a pair needs no other step than a
+# default. A new meaning of an old one, a table or a state needs another number, and a step in
+# `SavePointFile.content`.
+FORMAT = 4
 
 
 class SavePointFile:
@@ -4477,6 +4471,7 @@ class SavePointFile:
     """
 
     APPLICATION = 0x4D434F4E  # "MCON", in the file's header
+    ATTEMPTS = 6  # to read it between two transactions of a run
     db: sqlite3.Connection  # once it is open
     SCHEMA = """
         CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -4514,8 +4509,7 @@ class SavePointFile:
             return
         version = int.from_bytes(head[60:64], "big")
         application = int.from_bytes(head[68:72], "big")
-        is_database = head.startswith(b"SQLite format 3\0") and len(head) == 100
-        if not is_database or application not in (0, self.APPLICATION):
+        if len(head) < 100 or application not in (0, self.APPLICATION):
             raise self._damaged("it is not a savepoint")
         if application and not FIRST_FORMAT <= version <= FORMAT:
             known = f"formats {FIRST_FORMAT} to {FORMAT}"
@@ -4543,25 +4537,14 @@ class SavePointFile:
             raise FatalError(EXIT_STOPPED, f"{name} can't be used: {why}") from None
         except sqlite3.Error as error:
             text = str(error)
-
-            def says(*words: str) -> bool:
-                return any(word in text for word in words)
-
-            suspect = says("locked", "busy", "disk I/O", "permission denied")
-            if says("locking protocol") or (suspect and not locks_work(self.path)):
+            if not isinstance(error, sqlite3.OperationalError) or "no such" in text:
+                raise self._damaged(text) from None
+            if "locking protocol" in text or not locks_work(self.path):
                 raise FatalError(EXIT_USAGE, f"{name} can't be locked: {NO_LOCKS}") from None
-            if says("locked", "busy"):
+            if "locked" in text:
                 raise FatalError(EXIT_HELD, self._held()) from None
-            if says(
-                "full",
-                "disk I/O",
-                "readonly",
-                "unable to open",
-                "read-only",
-            ):
-                words = f"{name} can't be written: {text}; nothing was changed"
-                raise FatalError(EXIT_STOPPED, words) from None
-            raise self._damaged(text) from None
+            words = f"{name} can't be written: {text}; nothing was changed"
+            raise FatalError(EXIT_STOPPED, words) from None
 
     def _held(self) -> str:
         words = f"another run is using {self.path}"
@@ -4577,11 +4560,11 @@ class SavePointFile:
         slash = "" if path.startswith(b"/") else "/"
         return self.environment.open_database(f"file:{slash}{quote(path, safe='/:')}?{mode}")
 
-    def open(self) -> str:
+    def open(self) -> None:
         """Lock the file for as long as it is open, and begin its first transaction.
 
-        Return a warning, if any: the lock of savepoint.db is the run's; its copy is used without
-        one where the file system has none.
+        The lock of savepoint.db is the run's; its copy is used without one where the file system
+        has none.
         """
         if self.path == SAVEPOINT_COPY:
             self.environment.make_private_dir(self.path.parent)
@@ -4591,8 +4574,7 @@ class SavePointFile:
             if self.path == SAVEPOINT or "locking protocol" not in str(error):
                 raise
             self._begin("mode=rwc&nolock=1")
-            return f"{self.path} is on a file system without working locks and is used without one"
-        return ""
+            log.warning("%s is on a file system without locks and is used without", self.path)
 
     def _begin(self, mode: str) -> None:
         self.db = self.connect(mode)
@@ -4602,8 +4584,8 @@ class SavePointFile:
         self.db.execute("PRAGMA synchronous = EXTRA")
         self.db.execute("BEGIN EXCLUSIVE")
 
-    def content(self) -> tuple[dict[Ids, StoredPair], dict[str, StoredRun], dict[str, str]]:
-        """Check what the file holds, and return it: pairs, runs, meta.
+    def content(self) -> tuple[Rows, dict[str, str]]:
+        """Check what the file holds, and return it.
 
         A file without tables (it is new, or a run was killed in its first transaction) gets them;
         one of an older format is migrated. Raises FatalError(2) where a newer version wrote a row.
@@ -4615,54 +4597,50 @@ class SavePointFile:
             self.db.execute(f"PRAGMA application_id = {self.APPLICATION}")
         elif not FIRST_FORMAT <= version <= FORMAT:
             raise sqlite3.DatabaseError("it is another program's database")
-        else:
-            for migrate in MIGRATIONS[version - FIRST_FORMAT :]:
-                migrate(self.db)
         if version != FORMAT:
             self.db.execute(f"PRAGMA user_version = {FORMAT}")
         problem = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
         meta = dict(self.db.execute("SELECT name, value FROM meta"))
-        pairs: dict[Ids, StoredPair] = {}
-        runs: dict[str, StoredRun] = {}
+        rows: dict[Ids, StoredRow] = {}
+        query = """
+            SELECT id, '', revision, id, document FROM runs UNION ALL
+            SELECT primary_id, duplicate_id, revision, run, document FROM pairs
+        """
         try:
-            told = "SELECT id, revision, document FROM runs ORDER BY id"
-            for run, revision, text in self.db.execute(told):
-                runs[run] = revision, json.loads(text)
-            rows = "SELECT primary_id, duplicate_id, revision, run, document FROM pairs"
-            for primary, duplicate, revision, run, text in self.db.execute(rows):
+            for one, other, revision, run, text in self.db.execute(query):
                 # What another version wrote is kept as it is, but it has to be understood.
                 document = json.loads(text)
-                Pair.from_json(document)
-                pairs[primary, duplicate] = StoredPair(revision, run, document)
+                if other:
+                    Pair.from_json(document)
+                rows[one, other] = StoredRow(revision, run, document)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
             why = f"another version has written it ({error})"
             raise self._other_format(why) from None
-        return pairs, runs, meta
+        return rows, meta
 
-    def write(
-        self,
-        pairs: Mapping[Ids, StoredPair],
-        runs: Mapping[str, StoredRun],
-        **meta: str,
-    ) -> None:
+    def write(self, rows: Rows, meta: Mapping[str, str]) -> None:
         """Store rows in one transaction; when it returns they are on the disk."""
-        rows = []
-        for ids, row in pairs.items():
+        pairs = []
+        runs = []
+        for ids, row in rows.items():
             document = row.document
+            text = to_json(document).decode()
+            if not ids[1]:
+                runs.append((row.run, row.revision, text))
+                continue
             email = encodable(document["primary"]["email"])
             new_ref = document["new_ref"] and encodable(document["new_ref"])
             about = (organisation_of(ids[0]), email, document["state"], new_ref)
-            rows.append((*ids, *about, row.run, row.revision, to_json(document).decode()))
-        told = []
-        for one, (revision, document) in runs.items():
-            told.append((one, revision, to_json(document).decode()))
+            pairs.append((*ids, *about, row.run, row.revision, text))
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
-            self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
-            self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
+            self.db.executemany(
+                f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", pairs
+            )
+            self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", runs)
             self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
             self.db.execute("COMMIT")
         except sqlite3.Error:
@@ -4677,9 +4655,9 @@ class SavePointFile:
         """
         memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         journal = self.path.with_name(f"{self.path.name}-journal")
-        for pause in (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8):
-            time.sleep(pause)
-            if not (self.path.exists() and self.path.stat().st_size):
+        for attempt in range(self.ATTEMPTS):
+            time.sleep(attempt / 10)
+            if not self.path.exists():
                 break
             try:
                 with tempfile.TemporaryDirectory() as folder:
@@ -4693,7 +4671,7 @@ class SavePointFile:
                     if self._change_counter() == before:
                         break
             except (FileNotFoundError, sqlite3.DatabaseError):
-                if pause == 0.8:
+                if attempt == self.ATTEMPTS - 1:
                     raise
         self.db = memory
 
@@ -4726,21 +4704,17 @@ class SavePoint:
         self.environment = environment
         self.run = run
         self.organisation = ""
-        self.warnings: list[str] = []
         self.main = SavePointFile(SAVEPOINT, environment)
         self.copy = SavePointFile(SAVEPOINT_COPY, environment)
         self.files = (self.main, self.copy)
         self.meta: dict[str, str] = {}
         self.holder: Json = {}  # who opened the savepoint last: `pid`, `host`, `since`
         self._lock = threading.Lock()  # one thread at a time uses the connections
-        self._pending: dict[Ids, StoredPair] = {}
+        self._pending: dict[Ids, StoredRow] = {}
         self._writing: asyncio.Lock | None = None  # of the loop that saves
         for file in self.files:
             with file.opening():
                 file.check_header()
-            if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
-                why = "is read-only, so nothing was changed; make it writable"
-                raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} {why}")
         try:
             self._open(readonly)
         except FatalError:
@@ -4755,50 +4729,38 @@ class SavePoint:
                 if readonly:
                     file.read_snapshot()
                 else:
-                    self.warnings += filter(None, [file.open()])
+                    file.open()
                 contents.append(file.content())
-        (ours, my_runs, my_meta), (theirs, their_runs, their_meta) = contents
-        pairs = self._join_pairs(ours, theirs)
-        runs = {**their_runs, **my_runs}
-        for one, told in their_runs.items():
-            if told[0] > runs[one][0]:
-                runs[one] = told
-        if self.run in runs:
+        (ours, my_meta), (theirs, their_meta) = contents
+        rows = self._join(ours, theirs)
+        if (self.run, "") in rows:
             # The clock was set back, or a run that began in the same second has ended already.
-            self.run = free_run_id(self.environment.now().wall, runs)
-        revisions = [row.revision for row in pairs.values()]
-        revisions += [revision for revision, _ in runs.values()]
-        self.write_number = max(revisions, default=0)
+            self.run = free_run_id(self.environment.now().wall, {one for one, _ in rows})
+        self.write_number = max((row.revision for row in rows.values()), default=0)
         self.meta = {**their_meta, **my_meta}
         self.holder = json.loads(self.meta.get("holder", "{}"))
-        if readonly:
-            self.main.write(pairs, runs, **self.meta)
-            return
-        self.holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": iso(self.environment.now().wall),
-        }
-        self.meta["holder"] = json.dumps(self.holder)
-        for file, (mine, known_runs, _) in zip(self.files, contents):
-            news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
-            new_runs = {one: run for one, run in runs.items() if known_runs.get(one) != run}
+        if not readonly:
+            self.holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": iso(self.environment.now().wall),
+            }
+            self.meta["holder"] = json.dumps(self.holder)
+        for file, (mine, _) in zip(self.files, contents):
             with file.opening():
-                file.write(news, new_runs, **self.meta)
+                news = {ids: row for ids, row in rows.items() if mine.get(ids) != row}
+                file.write(news, self.meta)
 
-    def _join_pairs(
-        self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]
-    ) -> dict[Ids, StoredPair]:
+    def _join(self, ours: Rows, theirs: Rows) -> Rows:
         """Return all rows as both files together know them."""
-        joined: dict[Ids, StoredPair] = {**theirs, **ours}
+        joined = {**theirs, **ours}
         for ids in ours.keys() & theirs.keys():
             mine = ours[ids]
             other = theirs[ids]
             joined[ids] = row = winning_row(mine, other)
-            if mine.revision == other.revision and mine.document != other.document:
+            if ids[1] and mine.revision == other.revision and mine.document != other.document:
                 what = f"{row.document['primary']['email']}: {SAVEPOINT} and its copy disagree"
-                taken = f"'{row.document['state']}' is taken, and is checked"
-                self.warnings.append(f"{what}; {taken}")
+                log.warning("%s; '%s' is taken, and is checked", what, row.document["state"])
         return joined
 
     def close(self) -> None:
@@ -4843,33 +4805,26 @@ class SavePoint:
         self.write(rows)
 
     def save_run(self, record: RunRecord) -> None:
-        self.write({}, {record.id: stored_fields(record)})
+        self.write({(record.id, ""): StoredRow(0, record.id, stored_fields(record))})
 
-    def _row(self, pair: Pair) -> StoredPair:
+    def _row(self, pair: Pair) -> StoredRow:
         pair.updated = iso(self.environment.now().wall)
-        return StoredPair(0, pair.run, pair.to_json())
+        return StoredRow(0, pair.run, pair.to_json())
 
-    def write(
-        self,
-        pairs: Mapping[Ids, StoredPair],
-        runs: Mapping[str, Json] = {},
-        **meta: str,
-    ) -> None:
+    def write(self, rows: Rows, **meta: str) -> None:
         """Write rows to the file, then to its copy.
 
         Raises FatalError(3) where neither can be written.
         """
         with self._lock:
-            if pairs or runs:
+            if rows:
                 self.write_number += 1
-            number = self.write_number
-            rows = {ids: row._replace(revision=number) for ids, row in pairs.items()}
-            told = {one: (number, document) for one, document in runs.items()}
+            rows = {ids: row._replace(revision=self.write_number) for ids, row in rows.items()}
             for file in self.files:
                 if file.failure:
                     continue
                 try:
-                    file.write(rows, told, **meta)
+                    file.write(rows, meta)
                 except sqlite3.Error as error:
                     words = f"the savepoint {file.path} can't be written any more ({error})"
                     file.failure = FatalError(EXIT_STOPPED, f"{words}; free the disk, run again")
@@ -9982,8 +9937,6 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> Iterator[SavePoin
     `reports/` can't be written.
     """
     with contextlib.closing(SavePoint(run.environment, run.run_id, readonly)) as savepoint:
-        for warning in savepoint.warnings:
-            log.warning("%s", warning)
         if not readonly:
             run.run_id = savepoint.run
             begin_history(run, savepoint)
