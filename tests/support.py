@@ -1,17 +1,16 @@
-"""What the tests share: a folder to run the real script in, an organisation to run it against, a look at the disk."""
+"""What the tests share: a folder to run the script in, an organisation, a look at the disk."""
 
 import csv
 import hashlib
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 from tests.process.forked import can_fork
 from tests.process.forked import run as run_forked
@@ -19,20 +18,19 @@ from tests.sandbox import Organisation, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "merge_contacts.py"
-# Python keeps the bytecode of a module, never of a script: as a module the same program starts in two thirds of the CPU.
+# Python keeps the bytecode of a module, never of a script: as a module it starts in less CPU.
 PROGRAM = (sys.executable, "-m", SCRIPT.stem)
 SAMPLE = ROOT / "tests" / "data" / "contacts.csv"
 COLUMNS = (
-    "REV_USER_ID",
-    "DISPLAY_NAME",
-    "EMAIL",
-    "EXTERNAL_REF",
-    "FULL_NAME",
-    "TICKET_COUNT",
-    "CREATED_AT",
-    "UPDATED_AT",
-)
+    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "TICKET_COUNT",
+    "CREATED_AT", "UPDATED_AT",
+)  # fmt: skip
+# Modes in which nothing is to be confirmed.
+UNCONFIRMED = {
+    "--preview", "--check", "--status", "--verify-backups", "--export", "--help", "--version",
+}  # fmt: skip
 Row = Dict[str, Any]
+Pairs = List[Tuple[str, str]]
 
 
 class Result:
@@ -55,18 +53,6 @@ class Result:
         return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
-# Modes in which nothing is to be confirmed.
-UNCONFIRMED = {
-    "--preview",
-    "--check",
-    "--status",
-    "--verify-backups",
-    "--export",
-    "--help",
-    "--version",
-}
-
-
 class Workplace:
     """A scratch folder in which the script runs as a user would run it."""
 
@@ -77,14 +63,13 @@ class Workplace:
 
     def environment(self, sandbox: Optional[Sandbox], extra: Mapping[str, str]) -> Dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("DEVREV_")}
-        kept.update(
-            PYTHONDONTWRITEBYTECODE="1", DEVREV_RATE_LIMIT_CALLS="0", PYTHONIOENCODING="utf-8"
-        )
-        kept["PYTHONPATH"] = str(ROOT)
+        kept.update(PYTHONDONTWRITEBYTECODE="1", PYTHONIOENCODING="utf-8", PYTHONPATH=str(ROOT))
+        kept["DEVREV_RATE_LIMIT_CALLS"] = "0"
         return {**kept, **(sandbox.environment() if sandbox else {}), **extra}
 
-    def command(self, *options: str, program: Sequence[str] = PROGRAM) -> List[str]:
-        """The command line, with `--yes` where it merges or undoes: no terminal is there to confirm it on."""
+    def command(self, options: Sequence[str], python: Sequence[str]) -> List[str]:
+        """The command line, with `--yes` where it merges or undoes: there is no terminal."""
+        program = [*python, str(SCRIPT)] if python else PROGRAM
         names_files = any(option.partition("=")[0] in ("--csv", "--export") for option in options)
         csv_option = () if names_files else ("--csv", str(self.csv))
         confirmed = () if UNCONFIRMED & set(options) else ("--yes",)
@@ -94,7 +79,7 @@ class Workplace:
         self, sandbox: Optional[Sandbox], *options: str, python: Sequence[str] = (), **extra: str
     ) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            self.command(*options, program=[*python, str(SCRIPT)] if python else PROGRAM),
+            self.command(options, python),
             cwd=str(self.folder),
             env=self.environment(sandbox, extra),
             stdin=subprocess.DEVNULL,
@@ -114,11 +99,10 @@ class Workplace:
     ) -> Result:
         """Run the script to its end; `check` is the exit code that is expected."""
         before = list((self.folder / "reports").glob("*.json"))
-        command = self.command(*options, program=[*python, str(SCRIPT)] if python else PROGRAM)
+        command = self.command(options, python)
         if self.forks and command[0] == sys.executable and len(python) != 1 and can_fork(extra):
-            code, out, err, late = run_forked(
-                command[1:], str(self.folder), self.environment(sandbox, extra), timeout
-            )
+            environment = self.environment(sandbox, extra)
+            code, out, err, late = run_forked(command[1:], str(self.folder), environment, timeout)
         else:
             process, late = self.start(sandbox, *options, python=python, **extra), False
             try:
@@ -128,38 +112,22 @@ class Workplace:
                 process.send_signal(signal.SIGABRT if os.name != "nt" else signal.SIGTERM)
                 out, err = process.communicate()
             code = process.returncode
-        if late:
-            raise AssertionError(f"still running after {timeout} s\n{out}\n{err}\n{self.logs()}")
+        assert not late, f"still running after {timeout} s\n{out}\n{err}\n{self.logs()}"
         result = Result(code, out, err, self.folder, before)
         assert "Traceback" not in err, result
         assert check is None or result.code == check, f"{result}\n{self.logs()}"
         return result
 
-    def export(
-        self,
-        organisation: Organisation,
-        changes: Mapping[str, Row] = {},
-        leave_out: Iterable[str] = (),
-    ) -> Path:
-        """Write the CSV that the warehouse would hold of an organisation; `changes` by contact id."""
-        gone = set(leave_out)
-        return self.write(
-            {**export_row(organisation, one), **changes.get(one, {})}
-            for one in organisation.contacts
-            if one not in gone
-        )
-
-    def write(self, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> Path:
+    def export(self, organisation: Organisation) -> None:
+        """Write the CSV that the warehouse would hold of an organisation."""
         with open(self.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows)
-        return self.csv
+            writer.writerows(export_row(organisation, one) for one in organisation.contacts)
 
     def logs(self) -> str:
-        return "\n".join(
-            path.read_text(encoding="utf-8") for path in sorted((self.folder / "logs").glob("*"))
-        )[-6000:]
+        paths = sorted((self.folder / "logs").glob("*"))
+        return "\n".join(path.read_text(encoding="utf-8") for path in paths)[-6000:]
 
     def files(self) -> List[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -221,53 +189,43 @@ class Terminal:
 
 def export_row(organisation: Organisation, contact: str) -> Row:
     user = organisation.contacts[contact]
+    roles = roles_of(organisation, contact)
     return {
         "REV_USER_ID": contact,
         "DISPLAY_NAME": user.get("display_name", ""),
         "EMAIL": user["email"],
         "EXTERNAL_REF": user["external_ref"],
         "FULL_NAME": user.get("full_name", ""),
-        "TICKET_COUNT": ticket_count(organisation, contact),
+        "TICKET_COUNT": max(len(roles[role]) for role in ("owned", "created", "reported")),
         "CREATED_AT": user["created_date"],
         "UPDATED_AT": user["modified_date"],
     }
 
 
-def roles_of(organisation: Organisation, contact: str) -> Dict[str, set]:
+def roles_of(organisation: Organisation, contact: str) -> Dict[str, Set[str]]:
     """Ids of the works that a contact owns, has created, has reported, and of its conversations."""
 
-    def names(people: Any) -> set:
-        return {one["id"] for one in (people if isinstance(people, list) else [people]) if one}
+    def with_contact(objects: Mapping[str, Any], role: str) -> Set[str]:
+        found = set()
+        for identity, one in objects.items():
+            people = one.get(role) or []
+            people = people if isinstance(people, list) else [people]
+            if any(person["id"] == contact for person in people if person):
+                found.add(identity)
+        return found
 
-    works = organisation.works.items()
-    return {
-        "owned": {one for one, work in works if contact in names(work["owned_by"])},
-        "created": {one for one, work in works if contact in names(work.get("created_by"))},
-        "reported": {one for one, work in works if contact in names(work.get("reported_by", []))},
-        "conversations": {
-            one
-            for one, talk in organisation.conversations.items()
-            if contact in names(talk["members"])
-        },
-    }
-
-
-def ticket_count(organisation: Organisation, contact: str) -> int:
-    roles = roles_of(organisation, contact)
-    return max(len(roles[role]) for role in ("owned", "created", "reported"))
+    roles = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
+    found = {name: with_contact(organisation.works, role) for name, role in roles.items()}
+    return {**found, "conversations": with_contact(organisation.conversations, "members")}
 
 
 def pair(
-    organisation: Organisation, number: int, tickets: Tuple[int, int] = (2, 1), **fields: Any
+    organisation: Organisation, number: int, tickets: Tuple[int, int] = (2, 1)
 ) -> Tuple[str, str]:
-    """Add the two contacts of one person, with tickets, comments and a conversation; returns primary and duplicate."""
-    email = f"person{number}@example.com"
-    primary = organisation.add_contact(
-        f"P{number}", email, display_name=f"Person {number}", **fields
-    )
-    duplicate = organisation.add_contact(
-        f"D{number}", email, f"user_{number}", display_name=f"P. {number}", **fields
-    )
+    """Add a primary and a duplicate of one person, with tickets, comments and a conversation."""
+    add, email = organisation.add_contact, f"person{number}@example.com"
+    primary = add(f"P{number}", email, display_name=f"Person {number}")
+    duplicate = add(f"D{number}", email, f"user_{number}", display_name=f"P. {number}")
     for contact, count in zip((primary, duplicate), tickets):
         for index in range(count):
             organisation.add_work(
@@ -284,7 +242,7 @@ def pair(
 
 def organisation_of_pairs(
     count: int, tickets: Tuple[int, int] = (2, 1)
-) -> Tuple[Organisation, List[Tuple[str, str]]]:
+) -> Tuple[Organisation, Pairs]:
     organisation = Organisation()
     return organisation, [pair(organisation, number, tickets) for number in range(1, count + 1)]
 
@@ -292,24 +250,16 @@ def organisation_of_pairs(
 class Backup:
     """A backup as it lies on the disk, read without any of the tool's own code."""
 
-    def __init__(self, folder: Path, forks: bool = True) -> None:
-        self.folder = folder
-        self.forks = forks  # where the time of a start is not what is measured
+    def __init__(self, folder: Path) -> None:
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.contacts: Dict[str, Dict[str, Any]] = {}
         for name, facts in self.manifest["files"].items():
             data = (folder / name).read_bytes()
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (
-                facts["bytes"],
-                facts["sha256"],
-            )
-        for part in folder.iterdir():
-            if part.is_dir():
-                files = {
-                    file.stem: json.loads(file.read_text(encoding="utf-8"))
-                    for file in part.iterdir()
-                }
-                self.contacts[files["contact"]["id"]] = files
+            assert len(data) == facts["bytes"]
+            assert hashlib.sha256(data).hexdigest() == facts["sha256"]
+        for part in filter(Path.is_dir, folder.iterdir()):
+            files = {file.stem: json.loads(file.read_bytes()) for file in part.iterdir()}
+            self.contacts[files["contact"]["id"]] = files
 
 
 def backups_of(folder: Path, contact: str) -> List[Backup]:
@@ -318,57 +268,38 @@ def backups_of(folder: Path, contact: str) -> List[Backup]:
     return [backup for backup in found if contact in backup.contacts]
 
 
-def assert_backed_up(folder: Path, organisation: Organisation, contacts: Iterable[str]) -> None:
-    """All that the organisation holds of these contacts right now lies in whole backups."""
-    held: Dict[str, set] = {
-        "contacts": set(),
-        "works": set(),
-        "conversations": set(),
-        "entries": set(),
-    }
-    for path in (folder / "backups").glob("*/[0-9]*"):
-        for contact, files in Backup(path).contacts.items():
-            held["contacts"].add(contact)
-            held["works"].update(work["id"] for work in files["works"])
-            held["conversations"].update(talk["id"] for talk in files["conversations"])
-            held["entries"].update(
-                entry["id"] for entries in files["timelines"].values() for entry in entries
-            )
-    for contact in contacts:
-        roles = roles_of(organisation, contact)
-        talks = roles.pop("conversations")
-        works = set().union(*roles.values())
-        entries = {
-            entry["id"] for one in works | talks for entry in organisation.timelines.get(one, [])
-        }
-        missing = (
-            {contact} - held["contacts"]
-            | works - held["works"]
-            | talks - held["conversations"]
-            | entries - held["entries"]
-        )
-        assert not missing, f"not in a whole backup: {sorted(missing)}"
+def assert_backed_up(folder: Path, organisation: Organisation, contact: str) -> None:
+    """All that the organisation holds of a contact right now lies in whole backups."""
+    held: Set[str] = set()
+    for backup in backups_of(folder, contact):
+        held.update(backup.contacts)
+        for files in backup.contacts.values():
+            entries = itertools.chain.from_iterable(files["timelines"].values())
+            held |= {one["id"] for one in (*files["works"], *files["conversations"], *entries)}
+    objects = set().union(*roles_of(organisation, contact).values())
+    entries = (entry for one in objects for entry in organisation.timelines.get(one, []))
+    missing = {contact, *objects, *(entry["id"] for entry in entries)} - held
+    assert not missing, f"not in a whole backup: {sorted(missing)}"
 
 
 def assert_merged(organisation: Organisation, pairs: Iterable[Tuple[str, str]]) -> None:
-    """Exactly these merges were carried out, once each, and each `user_` reference is on its primary."""
+    """Exactly these merges were carried out, once each, and each `user_` reference moved."""
     pairs = list(pairs)
     assert sorted(organisation.merges) == sorted(pairs)
     for primary, _ in pairs:
-        assert organisation.contacts[primary]["external_ref"].startswith("user_"), (
-            organisation.contacts[primary]
-        )
+        contact = organisation.contacts[primary]
+        assert contact["external_ref"].startswith("user_"), contact
 
 
-def watch_merges(sandbox: Sandbox, folder: Path) -> List[Union[AssertionError, None]]:
-    """Check, as each merge request arrives, that the backup of both contacts is whole; returns the findings."""
-    findings: List[Union[AssertionError, None]] = []
+def watch_merges(sandbox: Sandbox, folder: Path) -> List[Optional[AssertionError]]:
+    """Check as each merge is requested that both contacts are backed up; returns the findings."""
+    findings: List[Optional[AssertionError]] = []
 
     def look(stage: str, request: Any) -> None:
         if stage == "before" and request.endpoint == "rev-users.merge":
             try:
-                both = [request.body["primary_user"], request.body["secondary_user"]]
-                assert_backed_up(folder, sandbox.organisation, both)
+                for role in ("primary_user", "secondary_user"):
+                    assert_backed_up(folder, sandbox.organisation, request.body[role])
                 findings.append(None)
             except AssertionError as error:
                 findings.append(error)
@@ -378,7 +309,7 @@ def watch_merges(sandbox: Sandbox, folder: Path) -> List[Union[AssertionError, N
 
 
 def diagonal(*lists: Sequence[Any]) -> List[Any]:
-    """Every combination, for `parametrize`: the fast run takes a diagonal, in which each value comes up; the rest is slow."""
+    """Every combination, for `parametrize`: the fast run takes a diagonal, with each value."""
     import pytest  # the benchmark does without
 
     shortest = min(map(len, lists))
@@ -389,18 +320,3 @@ def diagonal(*lists: Sequence[Any]) -> List[Any]:
         )
         for place in itertools.product(*map(range, map(len, lists)))
     ]
-
-
-def the_rest_is_slow(values: Iterable[Any], *fast: Any) -> List[Any]:
-    """All of these, for `parametrize`; the fast run takes those that are named."""
-    import pytest
-
-    return [
-        value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values
-    ]
-
-
-def shuffled(items: Iterable[Any], seed: int = 0) -> List[Any]:
-    found = list(items)
-    random.Random(seed).shuffle(found)
-    return found
