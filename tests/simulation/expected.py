@@ -1,4 +1,5 @@
-"""A second opinion, without the module: what an export gives, and what the savepoint's two files know together."""
+"""A second opinion, without the module: what an export gives, what the savepoint's two files know
+together, what was true lately, and what is in a backup."""
 
 import contextlib
 import datetime
@@ -11,18 +12,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import (
     Any,
-    Callable,
     DefaultDict,
     Dict,
     Iterable,
+    Iterator,
     List,
     Mapping,
     NamedTuple,
     Optional,
+    Sequence,
+    Set,
     Tuple,
 )
 
-from tests.fake.organisation import Organisation
+from tests.fake.organisation import Organisation, Table, Thing
 from tests.simulation.world import ROW, short, stored_row
 
 Ids = Tuple[str, str]  # primary, duplicate
@@ -43,15 +46,16 @@ AUTHORITY = (
     "undone",
 )
 STOPPING = ("cancelled", *UNDONE)  # a pair in such a state is merged again only where it is named
-ROLE_ADDRESSES = (
-    "info support help helpdesk service sales contact hello office team admin administrator billing accounts accounting"
-    " finance hr jobs careers marketing press media legal privacy security abuse postmaster hostmaster webmaster root"
-    " mail email reception orders booking bookings customerservice customer-service customercare feedback"
-)
-PLACEHOLDERS = (
-    "noreply no-reply no_reply donotreply do-not-reply none null"
-    " nobody unknown anonymous test na n-a noemail no-email invalid"
-)
+ROLE_ADDRESSES = """
+    info support help helpdesk service sales contact hello office team admin administrator billing
+    accounts accounting finance hr jobs careers marketing press media legal privacy security abuse
+    postmaster hostmaster webmaster root mail email reception orders booking bookings
+    customerservice customer-service customercare feedback
+"""
+PLACEHOLDERS = """
+    noreply no-reply no_reply donotreply do-not-reply none null nobody unknown anonymous test na n-a
+    noemail no-email invalid
+"""
 
 
 def name_of(ids: Ids) -> str:
@@ -110,9 +114,8 @@ def most_contacts(email: str) -> int:
 
 def instant(created: str) -> float:
     """Return a date as epoch seconds; without a zone it is in UTC."""
-    found = re.fullmatch(
-        r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", created.strip()
-    )
+    form = r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?"
+    found = re.fullmatch(form, created.strip())
     assert found, created
     moment = datetime.datetime.strptime(f"{found.group(1)} {found.group(2)}", "%Y-%m-%d %H:%M:%S")
     zone = (found.group(3) or "Z").replace(":", "")
@@ -153,18 +156,18 @@ def plan_of(
 
 def export_of(organisation: Organisation) -> List[Row]:
     """Return what the query of the warehouse would give now."""
-    rows = []
-    for contact in organisation.contacts.values():
-        if (
-            organisation.alive(contact["id"])
-            and contact.get("email")
-            and contact.get("external_ref")
-        ):
-            row = Row(
-                contact["id"], contact["email"], contact["external_ref"], 0, contact["created_date"]
-            )
-            rows.append(row._replace(tickets=greatest(organisation, contact["id"])))
-    return rows
+    there = [one for one in organisation.contacts.values() if organisation.alive(one["id"])]
+    return [
+        Row(
+            one["id"],
+            one["email"],
+            one["external_ref"],
+            greatest(organisation, one["id"]),
+            one["created_date"],
+        )
+        for one in there
+        if one.get("email") and one.get("external_ref")
+    ]
 
 
 def greatest(organisation: Organisation, contact: str) -> int:
@@ -187,9 +190,9 @@ class StoredFile(NamedTuple):
 
 
 def read_file(path: Path) -> Optional[StoredFile]:
-    """Read a file of the savepoint as whoever opens it next finds it; None where it is missing, empty or has no tables.
+    """Read a file of the savepoint as whoever opens it next finds it; None where it has no tables.
 
-    It is read in a copy, because SQLite rolls back what a killed run has left in the file that it opens.
+    It is read in a copy, because SQLite rolls back what a killed run has left in the file.
     """
     if not path.exists() or not path.stat().st_size:
         return None
@@ -200,13 +203,9 @@ def read_file(path: Path) -> Optional[StoredFile]:
         with contextlib.closing(sqlite3.connect(f"{folder}/{path.name}")) as db:
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 return None
-            return read_tables(db.execute)
-
-
-def read_tables(execute: Callable[[str], Any]) -> StoredFile:
-    pairs = execute(f"SELECT {', '.join(ROW)} FROM pairs").fetchall()
+            pairs = db.execute(f"SELECT {', '.join(ROW)} FROM pairs").fetchall()
+            runs = db.execute("SELECT id, revision, document FROM runs").fetchall()
     rows = {(row["primary_id"], row["duplicate_id"]): row for row in map(stored_row, pairs)}
-    runs = execute("SELECT id, revision, document FROM runs").fetchall()
     revisions = [row["revision"] for row in rows.values()] + [run[1] for run in runs]
     documents = {run: json.loads(document) for run, _, document in runs}
     return StoredFile(rows, documents, max(revisions, default=0))
@@ -233,3 +232,69 @@ def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, 
 
 def authority(row: Mapping[str, Any]) -> Tuple[int, int, float]:
     return row["revision"], AUTHORITY.index(row["state"]), row["requested_at"]
+
+
+# --------------------------------------------------------------------------------------------------
+# What was true lately, and what a backup holds
+# --------------------------------------------------------------------------------------------------
+
+
+def changes(table: Table, since: float) -> Iterator[Tuple[str, Optional[Thing]]]:
+    """Yield what objects were before each change since a moment, the latest first."""
+    for changed, object_id, was in reversed(table._log):
+        if changed < since:
+            return
+        yield object_id, was
+
+
+def versions(table: Table, object_id: str, since: float) -> List[Optional[Thing]]:
+    """Return what an object was at any time since a moment, the latest first."""
+    before = [was for changed, was in changes(table, since) if changed == object_id]
+    return [table.get(object_id), *before]
+
+
+def people_of(thing: Optional[Thing], roles: Sequence[str]) -> Iterator[Thing]:
+    """Yield everybody who has one of these roles in a work or a conversation."""
+    for role in roles:
+        people = (thing or {}).get(role) or ()
+        yield from [people] if isinstance(people, dict) else people
+
+
+def held(thing: Optional[Thing], role: str, person: str) -> bool:
+    return any(one["id"] == person for one in people_of(thing, [role]))
+
+
+def holdings(table: Table, role: str, person: str, since: float) -> Tuple[Set[str], Set[str]]:
+    """Return the ids of what a person has held in a role all the time since a moment, and ever."""
+    ever = {thing["id"] for thing in table.find([(role, [person])])}
+    always = set(ever)
+    for object_id, was in changes(table, since):
+        if held(was, role, person):
+            ever.add(object_id)
+        else:
+            always.discard(object_id)
+    return always, ever
+
+
+def table_of(organisation: Organisation, object_id: str) -> Table:
+    is_talk = ":conversation/" in object_id
+    return organisation.conversations if is_talk else organisation.works
+
+
+def holders(organisation: Organisation, *references: str) -> List[str]:
+    """Return the contacts that exist and have one of these references."""
+    found = organisation.contacts.find([("external_ref", references)])
+    return [one["id"] for one in found if organisation.alive(one["id"])]
+
+
+def entries_of(backup: Optional[str]) -> Dict[str, Any]:
+    """Return the entries of a backup's manifest, by contact; nothing where it is not there."""
+    path = Path(backup or "nowhere") / "manifest.json"
+    contacts = json.loads(path.read_bytes())["contacts"] if path.exists() else ()
+    return {one["csv"]["id"]: one for one in contacts}
+
+
+def in_backup(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
+    """Return what a merge has to transfer of a contact in a manifest: object id and role."""
+    items = [(work, ROLES[role]) for role in ("owned", "reported") for work in entry["works"][role]]
+    return items + [(talk, "members") for talk in entry["conversations"]]

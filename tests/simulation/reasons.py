@@ -1,8 +1,7 @@
-"""What a pair that has not been merged may say in the end: whether its reason is so in tests.fake.organisation."""
+"""What a pair that has not been merged may say in the end: whether its reason is so."""
 
 import json
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Mapping, Optional, Set
 
 from tests.fake.organisation import (
     HALF_EMOJI,
@@ -12,20 +11,26 @@ from tests.fake.organisation import (
     org_id_of,
     own_reference,
 )
-from tests.simulation.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
+from tests.simulation.expected import (
+    STOPPING,
+    TERMINAL,
+    Ids,
+    entries_of,
+    holders,
+    in_backup,
+    most_contacts,
+    name_of,
+    people_of,
+    table_of,
+    takes_part,
+    versions,
+)
 from tests.simulation.report_invariants import ids_of
 from tests.simulation.world import broken
 
 LISTED = 120.0
 ALL_ENDED = "a scenario that is left in peace ends with every pair done or refused"
 TRUE = "every pair is done, or refused for a reason that is true"
-
-
-def people_of(thing: Optional[Thing], roles: Sequence[str]) -> Iterator[Thing]:
-    """Yield everybody who has one of these roles in a work or a conversation."""
-    for role in roles:
-        people = (thing or {}).get(role) or ()
-        yield from [people] if isinstance(people, dict) else people
 
 
 class ReasonChecker:
@@ -49,10 +54,7 @@ class ReasonChecker:
         form = world.verified_shown
         if form == "mixed":
             form = ("shown", "hidden", "null")[numbers[ids[1]] % 3]
-        return bool(
-            form == "shown"
-            or (world.verified_filter == "accepted" and not self.checker.blind_lists)
-        )
+        return bool(form == "shown" or world.verified_filter == "accepted")
 
     def is_listed(self, object_id: str) -> bool:
         """Whether lists show a work or a conversation to the token."""
@@ -64,7 +66,7 @@ class ReasonChecker:
         return not (world.restricted_in_lists == "left out" and object_id in world.restricted)
 
     def find_trouble(self) -> None:
-        """Add the contacts that have had to do with a forbidden object at any time, or hold half an emoji."""
+        """Add the contacts that have had to do with a forbidden object, or hold half an emoji."""
         world, roles = (
             self.checker.fake_devrev,
             ("owned_by", "created_by", "reported_by", "members"),
@@ -75,11 +77,9 @@ class ReasonChecker:
         if world.restricted_in_lists == "left out":
             return
         for object_id in {*world.restricted, *world.restricted_timelines}:
-            for table in (self.organisation.works, self.organisation.conversations):
-                if object_id not in table.numbers:
-                    continue
-                for thing in self.checker.versions(table, object_id, -1e9):
-                    self.trouble.update(one["id"] for one in people_of(thing, roles))
+            table = table_of(self.organisation, object_id)
+            for thing in versions(table, object_id, -1e9):
+                self.trouble.update(one["id"] for one in people_of(thing, roles))
 
     # ----- a scenario ends ------------------------------------------------------------------------
 
@@ -87,55 +87,42 @@ class ReasonChecker:
         checker = self.checker
         self.find_trouble()
         last = checker.reports.last
-        resting = {
-            ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])
-        }
-        gone = {one["code"] for one in last.get("skipped") or ()} & {
-            "already_gone",
-            "already_merged",
-        }
+        entries = (*last["failed_merges"], *last["unfinished_merges"])
+        resting = {ids_of(entry): entry for entry in entries}
         for ids in {*checker.plan, *(ids for ids, asks in checker.asks.items() if asks)}:
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state in (*TERMINAL, "undoing"):
                 self._judge_ended(ids, state, rows.get(ids))
-                continue
-            if ids not in resting and self._is_too_small() and checker.reports.last_code == 3:
-                continue
-            if (
-                ids not in resting
-                and state == "nothing"
-                and gone
-                and not self.organisation.alive(ids[1])
+            elif ids in resting:
+                entry = resting[ids]
+                if not self.is_true(ids, entry, resting, stuck):
+                    what = f"{entry['state']}, {entry['code']}: {entry['error']}"
+                    broken(TRUE, f"{name_of(ids)} is {what}")
+            elif not (
+                (self._is_too_small() and checker.reports.last_code == 3)
+                or (state == "nothing" and self._is_gone(ids, last))
+                or self._is_skipped(ids, last)
             ):
-                continue
-            if ids not in resting and self._is_skipped(ids, last):
-                continue
-            if ids not in resting:
                 broken(ALL_ENDED, f"{name_of(ids)} ({state}): nothing is said of it")
-            entry = resting[ids]
-            if not self.is_true(ids, entry, resting, stuck):
-                what = f"{name_of(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
-                broken(TRUE, what)
         self._judge_references(rows)
+
+    def _is_gone(self, ids: Ids, report: Mapping[str, Any]) -> bool:
+        codes = {one["code"] for one in report.get("skipped") or ()}
+        is_said = not codes.isdisjoint(("already_gone", "already_merged"))
+        return is_said and not self.organisation.alive(ids[1])
 
     def _objects_tell(self, ids: Ids, row: Any) -> bool:
         """Whether a pair's backup has an object of the duplicate alone, or a poll names the primary."""
         world = self.checker.fake_devrev
         if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
             return True
-        try:
-            manifest = json.loads((Path(row["backup"]) / "manifest.json").read_bytes())
-        except OSError:
-            return False
-        mine: Set[str] = set()
-        others: Set[str] = set()
-        for entry in manifest["contacts"]:
-            works = [*entry["works"]["owned"], *entry["works"]["reported"]]
-            found = mine if entry["csv"]["id"] == ids[1] else others
-            found.update(works, entry["conversations"])
+        items = {
+            contact: {one for one, _ in in_backup(entry)}
+            for contact, entry in entries_of(row["backup"]).items()
+        }
+        mine = items.pop(ids[1], set())
         return any(
-            one in self.organisation.works or one in self.organisation.conversations
-            for one in mine - others
+            one in table_of(self.organisation, one) for one in mine.difference(*items.values())
         )
 
     def _judge_ended(self, ids: Ids, state: str, row: Any) -> None:
@@ -154,22 +141,16 @@ class ReasonChecker:
 
     def _is_skipped(self, ids: Ids, report: Mapping[str, Any]) -> bool:
         """Whether the report says, truly, why the live check has left a duplicate out."""
-        codes: Dict[str, Callable[[], bool]] = {
-            "different_rev_org": lambda: self._orgs_differ(ids),
-            "already_gone": lambda: not self.organisation.alive(ids[1]),
-            "already_merged": lambda: not self.organisation.alive(ids[1]),
-        }
         email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
-        entries = [one for one in report.get("skipped") or () if one["email"] == email]
-        return any(one["code"] in codes and codes[one["code"]]() for one in entries)
+        codes = {one["code"] for one in report.get("skipped") or () if one["email"] == email}
+        is_said = not codes.isdisjoint(("already_gone", "already_merged"))
+        is_gone = is_said and not self.organisation.alive(ids[1])
+        return is_gone or ("different_rev_org" in codes and self._orgs_differ(ids))
 
     def _orgs_differ(self, ids: Ids) -> bool:
-        orgs = [
-            org_id_of(self.organisation.contacts[one])
-            for one in ids
-            if one in self.organisation.contacts
-        ]
-        return len({*orgs} - {None}) > 1
+        contacts = self.organisation.contacts
+        orgs = {org_id_of(contacts[one]) for one in ids if one in contacts}
+        return len(orgs - {None}) > 1
 
     def _judge_references(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """No reference is left on no contact without a report that names it."""
@@ -182,11 +163,8 @@ class ReasonChecker:
             if asks and reference and checker.into(ids):
                 had = any(ref == reference for _, ref in organisation.reference_times[ids[0]])
                 holder = organisation.holder(org_id_of(organisation.contacts[ids[1]]), reference)
-                if (
-                    not had
-                    and reference not in named
-                    and not (holder and organisation.alive(holder))
-                ):
+                is_held = holder and organisation.alive(holder)
+                if not had and reference not in named and not is_held:
                     invariant = "no reference is left on no contact that no report names"
                     broken(invariant, f"{reference} of {name_of(ids)}")
 
@@ -199,10 +177,8 @@ class ReasonChecker:
         code, group = entry["code"], self.group_of(ids)
         group |= {row.id for row in self.checker.rows if row.key == entry["email"]}
         world = self.checker.fake_devrev
-        if (
-            code in ("forbidden", "api_error", "backup_failed", "merge_refused")
-            and group & self.trouble
-        ):
+        troubled = ("forbidden", "api_error", "backup_failed", "merge_refused")
+        if code in troubled and group & self.trouble:
             return True
         if entry["state"] == "merged" and world.reference_updates != "works":
             return True
@@ -220,41 +196,35 @@ class ReasonChecker:
     ) -> Dict[str, Callable[[], Any]]:
         organisation, checker = self.organisation, self.checker
         world, reference = checker.fake_devrev, entry["new_external_ref"]
-        primary, duplicate = (
-            organisation.contacts.get(one) if organisation.alive(one) else None for one in ids
-        )
         group = self.group_of(ids)
-        all_contacts = [
-            organisation.contacts.get(one) if organisation.alive(one) else None for one in group
-        ]
+        there = {one: organisation.contacts[one] for one in group if organisation.alive(one)}
+        primary, duplicate = map(there.get, ids)
         left = entry.get("left_behind") or ()
         return {
             "plan_changed": lambda: (
                 ids not in checker.plan or checker.plan[ids].new_ref != reference
             ),
-            "not_found": lambda: None in all_contacts,
-            "not_active": lambda: any(
-                one is None or one["state"] != "active" for one in all_contacts
+            "not_found": lambda: len(there) < len(group),
+            "not_active": lambda: (
+                len(there) < len(group) or any(one["state"] != "active" for one in there.values())
             ),
             # A fresh export has the row as it is, but for what is no longer exported as a pair.
             "email_changed external_ref_changed count_mismatch": lambda: (
                 ids not in checker.plan
                 or (primary is not None and primary["external_ref"] not in (reference, None))
             ),
-            "different_rev_org": lambda: (
-                len({org_id_of(one) for one in all_contacts if one} - {None}) > 1
-            ),
+            "different_rev_org": lambda: len({*map(org_id_of, there.values())} - {None}) > 1,
             "several_user_refs": lambda: True,
             "shared_mailbox group_changed": lambda: self._has_too_many(ids),
             "several_external_refs": lambda: any(
-                one and one.get("external_refs") for one in all_contacts
+                one.get("external_refs") for one in there.values()
             ),
             "unverified": lambda: self._has_unverified(ids, group),
-            "reference_reverted": lambda: checker.fake_devrev.puts_back,
+            "reference_reverted": lambda: world.puts_back,
             "reference_unheld": lambda: any(
-                self._is_unheld(planned.new_ref)
+                planned.new_ref and not holders(organisation, planned.new_ref)
                 for pair, planned in checker.plan.items()
-                if pair[0] == ids[0] and planned.new_ref
+                if pair[0] == ids[0]
             ),
             "external_ref_conflict": lambda: (
                 reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
@@ -287,11 +257,8 @@ class ReasonChecker:
         chosen = email in self.checker.choices
         rows = [row for row in self.checker.rows if row.key == email and row.takes_part]
         spellings = sorted({row.email for row in self.checker.rows if row.key == email})
-        found = [
-            one
-            for one in self.organisation.contacts.find([("email", spellings)])
-            if takes_part(one["external_ref"])
-        ]
+        listed = self.organisation.contacts.find([("email", spellings)])
+        found = [one for one in listed if takes_part(one["external_ref"])]
         return chosen or len(found) > min(len(rows), most_contacts(email) if email else 0)
 
     def _has_unverified(self, ids: Ids, group: Set[str]) -> bool:
@@ -307,11 +274,6 @@ class ReasonChecker:
                 return True
         return False
 
-    def _is_unheld(self, reference: str) -> bool:
-        """Whether no contact that still exists has a reference."""
-        holders = self.organisation.contacts.find([("external_ref", [reference])])
-        return not any(self.organisation.alive(one["id"]) for one in holders)
-
     def _is_never_merged(self, ids: Ids) -> bool:
         """Whether DevRev merges no contact that is not verified into one that is, or the other way round."""
         world, unverified = self.checker.fake_devrev, self.organisation.unverified
@@ -325,40 +287,32 @@ class ReasonChecker:
         return not self.organisation.alive(contact) and form in ("locked", "stale", "404-route")
 
     def _cannot_be_told(self, ids: Ids) -> bool:
-        """Return whether polls tell nothing of a merged duplicate, and lists don't either: not all of it was moved."""
+        """Return whether neither polls nor lists tell of a merged duplicate: not all was moved."""
         world = self.checker.fake_devrev
-        odd = (
-            not self.organisation.alive(ids[1])
-            and world.gone_of.get(ids[1], world.gone) in world.ODD
-        )
+        form = world.gone_of.get(ids[1], world.gone)
+        odd = not self.organisation.alive(ids[1]) and form in world.ODD
         is_listed = world.stays not in ("", "no-email", "bare")
-        return odd and (is_listed or bool(self.checker.left_behind(ids)))
+        return odd and (is_listed or self.checker.leaves_behind(ids))
 
     def _is_too_small(self) -> bool:
         """Return whether the quota lets too little through for lists to be fresh at their merge."""
         quota, world = self.checker.fake_devrev.quota, self.checker.fake_devrev
-        pages = 0
-        for contact in {one for pair in (*self.checker.plan, *self.checker.asks) for one in pair}:
-            pages += len(self.organisation.works.find([("anyone", [contact])])) // (
-                world.largest_page or 100
-            )
+        works, largest = self.organisation.works, world.largest_page or 100
+        contacts = {one for pair in (*self.checker.plan, *self.checker.asks) for one in pair}
+        pages = sum(len(works.find([("anyone", [one])])) // largest for one in contacts)
         apart = 40 if world.max_ids else 0  # where a list has to be read contact by contact
         apart += 40 if world.empty_pages or world.trailing_page else 0
         return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
 
     def group_of(self, ids: Ids) -> Set[str]:
-        return {
-            one
-            for pair in (*self.checker.plan, *self.checker.asks)
-            if pair[0] == ids[0]
-            for one in pair
-        } | set(ids)
+        pairs = (*self.checker.plan, *self.checker.asks)
+        return {one for pair in pairs if pair[0] == ids[0] for one in pair} | set(ids)
 
     def _can_be_freed(
         self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]
     ) -> bool:
-        """Return whether exporting and running again would have given the reference to the primary; not where its
-        holder can't be merged, for a reason of its own."""
+        """Return whether exporting and running again would have given the reference to the primary;
+        not where its holder can't be merged, for a reason of its own."""
         if primary is None or primary["state"] != "active":
             return False
         holder = self.organisation.holder(org_id_of(primary), reference)

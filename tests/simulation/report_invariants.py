@@ -1,4 +1,4 @@
-"""The invariants of merge reports: each ended pair in exactly one, sums that add up, and nothing that is not true."""
+"""The invariants of merge reports: each ended pair in exactly one, sums that add up, no untruth."""
 
 import json
 from collections import defaultdict
@@ -33,7 +33,7 @@ class ReportChecker:
         self.lost: Set[str] = set()  # reports that were deleted, or moved away
         self.owed: Set[str] = set()  # reports of runs that were killed, or could not write them
         self.forgotten: Set[Ids] = set()  # pairs whose report was lost
-        self.last_name, self.last_code = "", None  # type: str, Optional[int]
+        self.last_name, self.last_code = "", None
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -48,7 +48,7 @@ class ReportChecker:
         code: Optional[int],
         needed: bool,
     ) -> None:
-        """Judge the reports after a run. `mine` is the run's own, None for an undo; `needed`: it has to be there."""
+        """Judge the reports after a run. `mine` is the run's own, None for an undo."""
         self.owed.update([mine.name] if mine else [])
         there = {path.name: path for path in sorted(Path("reports").glob("merge_report_*.json"))}
         for name, path in there.items():
@@ -64,9 +64,7 @@ class ReportChecker:
         if mine is None or not needed:
             return
         if mine.name not in there:
-            broken(
-                "the report is written, also when the run stops early", f"{mine.name} is not there"
-            )
+            broken("the report is written, also when the run stops early", mine.name)
         for ids, row in rows.items():
             if row["state"] in ENDED and ids not in self.forgotten:
                 self._judge_place(ids, row, where[ids])
@@ -85,26 +83,23 @@ class ReportChecker:
             return
         undone_in_vain = ids in self.checker.undo.begun and len(names) == 1
         if names != [f"merge_report_{row['run']}.json"] and not undone_in_vain:
-            what = f"{name_of(ids)} became {row['state']} in {row['run']}, and is in {', '.join(names) or 'none'}"
+            what = f"{name_of(ids)} became {row['state']} in {row['run']}, and is in {names}"
             broken(ONCE, what)
 
     def _judge_code(
         self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]
     ) -> None:
         invariant = "the exit code says how it went"
-        settled = getattr(self.checker.options, "settle", None)
+        settled = self.checker.options.settle
         if settled:
-            if code == 0 and any(
-                row["email"] in settled and row["state"] in UNFINISHED for row in rows.values()
-            ):
+            left = [row["email"] for row in rows.values() if row["state"] in UNFINISHED]
+            if code == 0 and not set(settled).isdisjoint(left):
                 broken(invariant, f"0, and not all of {', '.join(settled)} has ended")
             return
         after_cancel = [entry for entry in report["successful_merges"] if entry.get("after_cancel")]
-        failed = len(report["failed_merges"]) + len(report["unfinished_merges"]) + len(after_cancel)
-        if (code == 0) != (failed == 0) and code in (0, 1):
-            broken(
-                invariant, f"{code}, and {failed} failed, unfinished or carried out after a cancel"
-            )
+        bad = len(report["failed_merges"]) + len(report["unfinished_merges"]) + len(after_cancel)
+        if (code == 0) != (bad == 0) and code in (0, 1):
+            broken(invariant, f"{code}, and {bad} failed, unfinished or done after a cancel")
 
     def _read(self, name: str, path: Path, is_mine: bool) -> None:
         if name in self.lost:
@@ -122,10 +117,8 @@ class ReportChecker:
             broken(TRUE, f"{name} is neither of this run nor of one that was killed")
         for title in ("failed_merges", "unfinished_merges", "settled", "cancelled"):
             for entry in report.get(title) or ():
-                self.named |= {
-                    str(entry.get("new_external_ref")),
-                    str(entry.get("reference_not_set")),
-                }
+                names = entry.get("new_external_ref"), entry.get("reference_not_set")
+                self.named.update(map(str, names))
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
                 self.checker.judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
@@ -133,27 +126,20 @@ class ReportChecker:
         for entry in report["failed_merges"] if is_mine else ():
             ids = ids_of(entry)
             refused = entry["code"] == "undo_unfinished" and ids in undo.open()
-            if (
-                entry["state"] not in ("merged_elsewhere", "cancelled")
-                and self.checker.asks[ids]
-                and not refused
-            ):
+            ended = entry["state"] in ("merged_elsewhere", "cancelled")
+            if self.checker.asks[ids] and not ended and not refused:
                 broken(TRUE, f"{name}: {name_of(ids)} is called failed, and was requested")
 
     def _judge_sums(self, name: str, report: Mapping[str, Any]) -> None:
         summary = report["summary"]
         if not self.checker.options.csv:
             return
-        # What the live check leaves out of a group is planned no more, but for what is merged or gone already.
+        parts = ("already_merged", "successful_merges", "failed_merges", "unfinished_merges")
+        total = sum(summary[part] for part in parts) + summary["left"]
+        # What the live check leaves out of a group is planned no more, but for what is gone.
         left_out = sum(one["code"] == "different_rev_org" for one in report["skipped"])
         planned = len(self.checker.plan) - left_out
-        parts = [
-            summary[one]
-            for one in ("already_merged", "successful_merges", "failed_merges", "unfinished_merges")
-        ]
-        if summary["pairs_planned"] != sum(parts) + summary["left"] or summary["left"] < 0:
-            broken(SUMS, f"{name}: {summary}")
-        if summary["pairs_planned"] != planned:
+        if summary["pairs_planned"] != total or summary["left"] < 0 or total != planned:
             broken(SUMS, f"{name}: {planned} pairs are planned, it says {summary}")
 
     @staticmethod
@@ -168,21 +154,17 @@ class ReportChecker:
                 self.owed.add(f"merge_report_{run}.json")
 
     def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
-        """Return how things stand after a run: where two runs leave the same, and neither has requested anything, a
-        third one does nothing new."""
+        """Return how things stand after a run: where two runs leave the same, and neither has
+        requested anything, a third one does nothing new."""
         parts = [self.last.get(one) for one in ("failed_merges", "unfinished_merges")]
-        resting = [
-            [ids_of(one), one["state"], one["code"]] for entries in parts for one in entries or ()
-        ]
-        asks = sum(map(len, self.checker.asks.values()))
+        entries = [one for part in parts for one in part or ()]
+        resting = sorted([ids_of(one), one["state"], one["code"]] for one in entries)
         organisation = self.checker.organisation
-        contacts = [
-            [one["id"], one["state"], one["external_ref"]] for one in organisation.contacts.values()
-        ]
+        asks = sum(map(len, self.checker.asks.values())), len(organisation.merges)
+        fields = ("id", "state", "external_ref")
+        contacts = [[one[name] for name in fields] for one in organisation.contacts.values()]
         states = sorted((ids, row["state"]) for ids, row in rows.items())
-        return json.dumps(
-            [self.last_code, sorted(resting), asks, len(organisation.merges), contacts, states]
-        )
+        return json.dumps([self.last_code, resting, asks, contacts, states])
 
     @staticmethod
     def _is_owed(name: str) -> bool:
@@ -199,17 +181,16 @@ class ReportChecker:
                     one.unlink()
             if not self._is_owed(path.name):  # killed before it noted that the report was written
                 self.lost.add(path.name)
-            self.forgotten.update(
-                ids_of(entry) for entry in ended_entries(self.reports.pop(path.name, {}))
-            )
+            entries = ended_entries(self.reports.pop(path.name, {}))
+            self.forgotten.update(map(ids_of, entries))
 
 
 def ended_entries(report: Mapping[str, Any]) -> Iterator[Any]:
     yield from report.get("successful_merges") or ()
     yield from report.get("settled") or ()
-    yield from (
-        entry for entry in report.get("failed_merges") or () if entry["state"] == "merged_elsewhere"
-    )
+    for entry in report.get("failed_merges") or ():
+        if entry["state"] == "merged_elsewhere":
+            yield entry
 
 
 def ids_of(entry: Mapping[str, Any]) -> Ids:

@@ -1,23 +1,29 @@
-"""The invariants of `--undo`, held against what is true in tests.fake.organisation, by a second opinion as in tests.simulation.invariants."""
+"""The invariants of `--undo`, held against what is true in tests.fake.organisation."""
 
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
 
-from tests.fake.organisation import USER_LISTS, Table, Thing, kind_of
+from tests.fake.organisation import USER_LISTS, Table, Thing, kind_of, own_reference
 from tests.fake.trouble import Request
-from tests.simulation.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
+from tests.simulation.expected import (
+    COPY,
+    MAIN,
+    Ids,
+    email_key,
+    entries_of,
+    held,
+    holders,
+    in_backup,
+    name_of,
+    table_of,
+    versions,
+)
 from tests.simulation.world import Sent, broken, short
 
-WRITES = (
-    "rev-users.create",
-    "rev-users.update",
-    "rev-users.merge",
-    "works.update",
-    "conversations.update",
-)
-OF_OBJECTS = WRITES[-2:]
+OF_OBJECTS = ("works.update", "conversations.update")
+WRITES = ("rev-users.create", "rev-users.update", "rev-users.merge", *OF_OBJECTS)
 OLDEST = 60.0  # seconds that an object may be older than what is written to it
 TRAVEL = 100.0  # seconds that a request may be on its way
 TWO = "never two contacts are created for one pair"
@@ -34,21 +40,10 @@ class Created:
         self.id, self.email, self.reference, self.at = identity, email, reference, at
 
 
-def transferred(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
-    """Return what a merge transfers of a contact in a manifest: object id and role."""
-    items = [(one, ROLES[role]) for role in ("owned", "reported") for one in entry["works"][role]]
-    return items + [(one, "members") for one in entry["conversations"]]
-
-
-def manifest_entry(backup: str, contact: str) -> Tuple[Any, Any]:
-    """Return a contact's entry in the manifest of a backup, and its contact.json."""
-    folder = Path(backup)
-    (entry,) = (
-        one
-        for one in json.loads((folder / "manifest.json").read_bytes())["contacts"]
-        if one["csv"]["id"] == contact
-    )
-    return entry, json.loads((folder / entry["folder"] / "contact.json").read_bytes())
+def record_of(backup: str, contact: str) -> Any:
+    """Return what a backup has of the contact itself."""
+    folder = entries_of(backup)[contact]["folder"]
+    return json.loads((Path(backup) / folder / "contact.json").read_bytes())
 
 
 class UndoChecker:
@@ -61,17 +56,13 @@ class UndoChecker:
         self.created: List[Created] = []
         self.began = 0.0
         self.begun: Set[Ids] = set()  # pairs whose undo has begun at any time
-        self.was: Dict[
-            str, Dict[str, List[str]]
-        ] = {}  # an object before the write that is being carried out
+        # An object before the write that is being carried out:
+        self.was: Dict[str, Dict[str, List[str]]] = {}
         self.contacts_before: Set[str] = set()
         self.true: Set[Ids] = set()  # undone pairs that were judged
         self.reports: Dict[str, Any] = {}
-        self.last: Optional[Dict[str, Any]] = None
         self.in_flight: List[Sent] = []  # writes of this run without an answer
-        self.rests_on: DefaultDict[str, List[float]] = defaultdict(
-            list
-        )  # the reads that its writes rest on
+        self.rests_on: DefaultDict[str, List[float]] = defaultdict(list)  # the reads before writes
 
     def begin(self, options: Any) -> None:
         self.active, self.preview = bool(options.undo), bool(options.undo and options.preview)
@@ -83,9 +74,7 @@ class UndoChecker:
 
     def forget(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """Forget the undos that neither file knows any more."""
-        known = {
-            ids for ids, row in rows.items() if row["undo"]
-        }  # also of one that could not be carried out
+        known = {ids for ids, row in rows.items() if row["undo"]}  # also one in vain
         self.begun &= known
         self.true &= known
 
@@ -99,14 +88,10 @@ class UndoChecker:
     def stand_in(self, contact: str) -> str:
         """Return the contact that undos have created in place of one, or the contact itself."""
         created = {}
-        for (_, duplicate), row in sorted(
-            self.checker.latest.items(), key=lambda one: one[1]["revision"]
-        ):
-            if (
-                row["state"] in ("undoing", "undone", "undo_settled")
-                and row["undo"]
-                and row["undo"]["contact"]
-            ):
+        rows = sorted(self.checker.latest.items(), key=lambda one: one[1]["revision"])
+        for (_, duplicate), row in rows:
+            is_begun = row["state"] in ("undoing", "undone", "undo_settled")
+            if is_begun and row["undo"] and row["undo"]["contact"]:
                 created[duplicate] = row["undo"]["contact"]
         seen = set()
         while contact in created and contact not in seen:
@@ -117,26 +102,16 @@ class UndoChecker:
     # ----- requests -------------------------------------------------------------------------------
 
     def may_finish(self, sent: Sent) -> bool:
-        """Whether a request may leave although the run was told to stop: a reference must not be left on no contact."""
+        """Whether a request may leave after a stop: no reference must be left on no contact."""
         if not self.active or not sent.endpoint.startswith("rev-users."):
             return False
-        return any(not self.latest_undo(ids)["contact"] for ids in self.open())
+        return any(not self.checker.latest[ids]["undo"]["contact"] for ids in self.open())
 
     def lacks_reference(self, ids: Ids) -> bool:
-        """Whether the undo of a pair has left its reference on no contact, so that the undo has to be finished first."""
+        """Whether the undo of a pair has left its reference on no contact, and has to be finished."""
         row = self.checker.latest[ids]
-        found = (
-            self.organisation.contacts.find([("external_ref", [row["new_ref"]])])
-            if row["new_ref"]
-            else []
-        )
-        return row["state"] == "undoing" and not any(
-            self.organisation.alive(one["id"]) for one in found
-        )
-
-    def latest_undo(self, ids: Ids) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.checker.latest[ids]["undo"]
-        return found
+        is_held = row["new_ref"] and holders(self.organisation, row["new_ref"])
+        return row["state"] == "undoing" and not is_held
 
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
@@ -158,13 +133,13 @@ class UndoChecker:
                 broken("owned_by is never emptied", short(sent.body["id"]))
             self.rests_on[sent.body["id"]].append(self.checker.rests_since(sent.body["id"]))
 
-    def answered(self, sent: Sent, _answer: Any) -> None:
+    def answered(self, sent: Sent) -> None:
         self.in_flight = [one for one in self.in_flight if one is not sent]
 
     def judge_merge(self, ids: Ids) -> None:
         for other in self.open():
             if set(other) & set(ids):
-                what = f"{short(ids[1])} into {short(ids[0])}, and the undo of {short(other[1])} is not finished"
+                what = f"{name_of(ids)}, and the undo of {short(other[1])} is not finished"
                 broken("a merge run refuses a group whose undo is not finished", what)
 
     def _saved(self, ids: Ids) -> List[Mapping[str, Any]]:
@@ -181,32 +156,20 @@ class UndoChecker:
         for one in self.created:
             if one.id in given:
                 continue  # created for another pair
-            now = self.organisation.contacts.get(one.id)
-            exists = (
-                now is not None
-                and self.organisation.alive(one.id)
-                and one.email == now.get("email")
-            )
-            same = (
-                exists
-                and one.email == email
-                and one.reference == reference == (now or {}).get("external_ref")
-            )
+            now = self.organisation.contacts.get(one.id) or {}
+            exists = self.organisation.alive(one.id) and one.email == now.get("email") == email
             # Where it has a reference, DevRev creates no second one.
+            references = {one.reference, reference, now.get("external_ref")}
             seen = self.checker.clock.now > one.at + self.checker.lag + 1 and not self.checker.lies
-            if same and reference is None and seen:
-                broken(TWO, f"{short(one.id)} exists already, with {email} and {reference}")
+            if exists and references == {None} and seen:
+                broken(TWO, f"{short(one.id)} exists already, with {email}")
 
     def _emails(self, ids: Ids) -> Set[str]:
         """Return the emails that the duplicate of a pair had, by its backup and its row."""
-        found = {email_key(self.checker.latest[ids]["email"])}
-        with_backup = Path(self.checker.latest[ids]["backup"] or "nowhere") / "manifest.json"
-        if with_backup.exists():
-            found.add(
-                email_key(
-                    str(manifest_entry(self.checker.latest[ids]["backup"], ids[1])[1].get("email"))
-                )
-            )
+        row = self.checker.latest[ids]
+        found = {email_key(row["email"])}
+        if entries_of(row["backup"]):
+            found.add(email_key(str(record_of(row["backup"], ids[1]).get("email"))))
         return found
 
     def _may_create(self, ids: Ids) -> bool:
@@ -223,15 +186,10 @@ class UndoChecker:
         self._judge_fields(sent, mine)
         if "external_ref" not in sent.body:
             return
-        known = self.checker.known
-        allowed = {
-            row.ref for ids in mine for one in known[ids] for row in (one.primary, one.duplicate)
-        }
-        allowed |= {
-            "REVU-" + one.rpartition("/")[2] for one in (primary, *(ids[0] for ids in mine))
-        }
-        since = self.checker.rests_since(primary)
-        been = self.checker.versions(self.organisation.contacts, primary, since)
+        known = [one for ids in mine for one in self.checker.known[ids]]
+        allowed = {row.ref for one in known for row in (one.primary, one.duplicate)}
+        allowed |= set(map(own_reference, (primary, *(ids[0] for ids in mine))))
+        been = self.checker.lately(primary)
         if not any(one and one.get("external_ref") in {None, *allowed} for one in been):
             broken(LOST, f"the reference of {short(primary)} becomes {sent.body['external_ref']}")
         if sent.body["external_ref"] not in allowed:
@@ -241,8 +199,7 @@ class UndoChecker:
     def _judge_fields(self, sent: Sent, mine: List[Ids]) -> None:
         """An undo takes back what the merge has added, and nothing that others have set since."""
         primary = sent.body["id"]
-        since = self.checker.rests_since(primary)
-        been = self.checker.versions(self.organisation.contacts, primary, since)
+        been = self.checker.lately(primary)
         carried = [self.checker.latest[ids]["fields_to_carry"] or {} for ids in mine]
         for field in set(sent.body) - {"id", "external_ref"}:
             if field == "phone_numbers":
@@ -262,13 +219,12 @@ class UndoChecker:
         if request.endpoint == "rev-users.create":
             if stage == "before":
                 self.contacts_before = set(self.organisation.contacts)
-            for one in (
-                set(self.organisation.contacts) - self.contacts_before if stage == "after" else ()
-            ):
+            new = set(self.organisation.contacts) - self.contacts_before
+            for one in new if stage == "after" else ():
                 email, reference = str(request.body.get("email")), request.body.get("external_ref")
                 self.created.append(Created(one, email, reference, self.organisation.now()))
         elif request.endpoint in OF_OBJECTS:
-            table = self.table(request.body["id"])
+            table = table_of(self.organisation, request.body["id"])
             thing = table.get(request.body["id"])
             now = {role: [one["id"] for one in (thing or {}).get(role, ())] for role in USER_LISTS}
             if stage == "before":
@@ -278,40 +234,24 @@ class UndoChecker:
 
     def _own(self, primary: str) -> Set[Tuple[str, str]]:
         """Return what a primary had before its first merge, by the backup that this rests on."""
-        backups = [
-            one
-            for ids, found in list(self.checker.backups.items())
-            if ids[0] == primary
-            for one in found
-        ]
-        if not backups:
-            return set()
-        first = min(backups, key=lambda backup: Path(backup).name)
-        return set(transferred(manifest_entry(first, primary)[0]))
+        known = self.checker.backups.items()
+        backups = [one for ids, found in known if ids[0] == primary for one in found]
+        first = min(backups, key=lambda backup: Path(backup).name, default=None)
+        entries = entries_of(first)
+        return set(in_backup(entries[primary])) if entries else set()
 
     def contacts_of(self, groups: Set[str]) -> Set[str]:
-        """Return whom undos have created, and who came since and has had a reference that a duplicate had."""
+        """Return whom undos have created, and who came since with a reference of a duplicate."""
+        known = self.checker.known.items()
         references = {
-            one.duplicate.ref
-            for ids, wanted in self.checker.known.items()
-            for one in wanted
-            if ids[1] in groups
+            one.duplicate.ref for ids, known in known if ids[1] in groups for one in known
         }
-        times = self.organisation.reference_times
         came = {
             one
-            for one in times
-            if one not in groups and any(ref in references for _, ref in times[one])
+            for one, times in self.organisation.reference_times.items()
+            if one not in groups and any(ref in references for _, ref in times)
         }
         return came.union(one.id for one in self.created)
-
-    def table(self, identity: str) -> Table:
-        found: Table = (
-            self.organisation.conversations
-            if ":conversation/" in identity
-            else self.organisation.works
-        )
-        return found
 
     def _judge_write(
         self, table: Table, thing: Thing, was: Dict[str, List[str]], now: Dict[str, List[str]]
@@ -319,35 +259,22 @@ class UndoChecker:
         groups = {one for ids in self.begun for one in ids}
         mine = self.contacts_of(groups)
         groups |= {self.stand_in(one) for one in groups}
-        since = (
-            min(self.rests_on[thing["id"]], default=self.checker.clock.now - OLDEST - TRAVEL)
-            - 0.001
-        )
-        lately = self.checker.clock.now - OLDEST - TRAVEL - self.checker.lag
+        now_is = self.checker.clock.now
+        since = min(self.rests_on[thing["id"]], default=now_is - OLDEST - TRAVEL) - 0.001
+        lately = now_is - OLDEST - TRAVEL - self.checker.lag
         for role in USER_LISTS:
             if was[role] and not now[role]:
                 broken("owned_by is never emptied", f"{role} of {short(thing['id'])}")
             for person in {*was[role]} - {*now[role]} - groups - mine:
-                if not self._came_since(table, thing["id"], role, person, since):
+                if all(held(one, role, person) for one in versions(table, thing["id"], since)[1:]):
                     broken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
             for primary in {ids[0] for ids in self.open()} & ({*was[role]} - {*now[role]}):
                 if (thing["id"], role) in self._own(primary):
                     broken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
             for person in {*now[role]} - {*was[role]} - mine:
-                if not self._was_there(table, thing["id"], role, person, lately):
+                been = versions(table, thing["id"], lately)[1:]
+                if not any(held(one, role, person) for one in been):
                     broken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
-
-    def _came_since(
-        self, table: Table, identity: str, role: str, person: str, since: float
-    ) -> bool:
-        versions = self.checker.versions(table, identity, since)[1:]
-        return not all(self.checker.held(one, role, person) for one in versions)
-
-    def _was_there(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
-        return any(
-            self.checker.held(one, role, person)
-            for one in self.checker.versions(table, identity, since)[1:]
-        )
 
     # ----- what a run has left --------------------------------------------------------------------
 
@@ -361,11 +288,9 @@ class UndoChecker:
         if not self.active or self.preview or not needed:
             return
         if not path.exists():
-            broken(
-                "the report is written, also when the run stops early", f"{path.name} is not there"
-            )
+            broken("the report is written, also when the run stops early", path.name)
         self._judge_interrupted(rows)
-        self.last = report = json.loads(path.read_bytes())
+        report = json.loads(path.read_bytes())
         if "(a bug" in str(report["run"].get("stopped")):
             broken("no run ends with a bug", report["run"]["stopped"])
         self.reports[path.name] = report
@@ -385,10 +310,7 @@ class UndoChecker:
             return
         for ids in self.open():
             for one in self.checker.known[ids]:
-                found = self.organisation.contacts.find([("external_ref", [one.duplicate.ref])])
-                if one.new_ref and not any(
-                    self.organisation.alive(holder["id"]) for holder in found
-                ):
+                if one.new_ref and not holders(self.organisation, one.duplicate.ref):
                     what = f"{one.new_ref} of {name_of(ids)}"
                     broken("an interruption leaves no reference on no contact", what)
 
@@ -397,29 +319,25 @@ class UndoChecker:
         contact = undo["contact"]
         if contact in ids or contact not in self.contacts_of(set(ids)):
             broken(TRUE, f"{short(ids[1])} is undone, and {contact} was never created")
-        if not Path(row["backup"] or "nowhere").exists():
+        entries = entries_of(row["backup"])
+        if not entries:
             return
-        entry, record = manifest_entry(row["backup"], ids[1])
-        reference = record["external_ref"]
+        reference = record_of(row["backup"], ids[1])["external_ref"]
         had = [one for _, one in self.organisation.reference_times[contact]]
         if reference not in had and "external_ref" not in undo["left_out"]:
             broken(TRUE, f"{short(contact)} never had the reference {reference}")
         left = {(item["id"], item["role"]) for item in undo["left"]}
-        primary = self.stand_in(ids[0])
-        for identity, role in transferred(entry):
-            table = self.table(identity)
-            versions = self.checker.versions(table, identity, self.began)
-            if self.checker.lies or any(self.checker.held(one, role, contact) for one in versions):
+        for identity, role in in_backup(entries[ids[1]]):
+            been = versions(table_of(self.organisation, identity), identity, self.began)
+            if self.checker.lies or any(held(one, role, contact) for one in been):
                 continue
-            still = any(
-                all(self.checker.held(one, role, who) for one in versions)
-                for who in (primary, ids[0])
-            )
+            primaries = (self.stand_in(ids[0]), ids[0])
+            still = any(all(held(one, role, who) for one in been) for who in primaries)
             if (identity, role) not in left or (still and self._may_be_written(identity)):
                 broken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
 
     def _may_be_written(self, identity: str) -> bool:
-        """Return whether an undo can give an object back: it is of a kind that DevRev documents, and not forbidden."""
+        """Return whether an undo can give an object back: of a documented kind, not forbidden."""
         world = self.checker.fake_devrev
         hidden = (*world.restricted, *world.restricted_writes)
         return kind_of(identity) in ("ticket", "issue", "conversation") and identity not in hidden
@@ -436,21 +354,15 @@ class UndoChecker:
         for ids in self.begun:
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state == "undoing" and not (ids in last and self._is_true(ids, last[ids])):
-                why = (
-                    last[ids]["code"] + ": " + last[ids]["error"]
-                    if ids in last
-                    else "nothing is said of it"
-                )
-                broken(
-                    "an undo is finished by the same command", f"{short(ids[1])} is undoing: {why}"
-                )
+                why = f"{last[ids]['code']}: {last[ids]['error']}" if ids in last else "unnamed"
+                what = f"{short(ids[1])} is undoing: {why}"
+                broken("an undo is finished by the same command", what)
+            times = self.organisation.reference_times
             for one in self.checker.known[ids]:
                 reference = one.duplicate.ref
-                times = self.organisation.reference_times
-                moved = any(ref == reference for _, ref in times[ids[0]][1:]) and state != "undone"
-                ever = moved or any(
-                    ref == reference for c in times if c not in ids for _, ref in times[c]
-                )
+                later = [times[ids[0]][1:]] if state != "undone" else []
+                later += [times[contact] for contact in times if contact not in ids]
+                ever = any(ref == reference for moves in later for _, ref in moves)
                 if reference.startswith("user_") and not named[reference] and not ever:
                     invariant = "no reference is left on no contact that no report names"
                     broken(invariant, f"{reference}, after an undo")
@@ -468,47 +380,34 @@ class UndoChecker:
         if code == "not_active":
             return primary is None or primary["state"] != "active"
         if code == "external_ref_changed":
-            known = {
-                row.ref for one in self.checker.known[ids] for row in (one.primary, one.duplicate)
-            }
-            return primary is not None and primary["external_ref"] not in known
+            known = self.checker.known[ids]
+            refs = {row.ref for one in known for row in (one.primary, one.duplicate)}
+            return primary is not None and primary["external_ref"] not in refs
         if code == "email_changed":
             return primary is not None and email_key(primary["email"]) != entry["email"]
+        world = self.checker.fake_devrev
         if code in ("external_ref_conflict", "contact_refused", "contact_not_confirmed") or (
-            code == "forbidden" and self.checker.fake_devrev.refused_fields
+            code == "forbidden" and world.refused_fields
         ):
-            # A group is refused as a whole, for any of its references, or where an email may occur once only.
-            refs = {
-                one.duplicate.ref
-                for other, wanted in self.checker.known.items()
-                if other[0] == ids[0]
-                for one in wanted
-            }
-            holders = organisation.contacts.find([("external_ref", sorted({reference, *refs}))])
-            world = self.checker.fake_devrev
-            stuck = (
+            # A group is refused as a whole, for any of its references, or for an email used twice.
+            group = {pair: one for pair, one in self.checker.known.items() if pair[0] == ids[0]}
+            refs = {one.duplicate.ref for known in group.values() for one in known}
+            found = organisation.contacts.find([("external_ref", sorted({reference, *refs}))])
+            return bool(
                 not organisation.stuck_references.isdisjoint(refs)
                 or world.unique_emails
                 or world.refused_fields
-            )
-            return (
-                bool(stuck)
-                or any(one["id"] not in ids for one in holders)
                 or organisation.unverified_keep_references
+                or any(one["id"] not in ids for one in found)
             )
         if code == "not_restored":
-            things = [self.table(item["id"]).get(item["id"]) for item in entry["left"]]
+            objects = [item["id"] for item in entry["left"]]
+            things = [table_of(organisation, one).get(one) or {} for one in objects]
             people = [
-                one["id"]
-                for thing in things
-                if thing
-                for role in USER_LISTS
-                for one in thing.get(role, ())
+                one["id"] for thing in things for role in USER_LISTS for one in thing.get(role, ())
             ]
-            written = all(map(self._may_be_written, (item["id"] for item in entry["left"])))
-            return not written or any(
-                ":revu/" in one and not organisation.alive(one) for one in people
-            )
+            is_gone = any(":revu/" in one and not organisation.alive(one) for one in people)
+            return is_gone or not all(map(self._may_be_written, objects))
         return code in ("forbidden", "api_error") and bool(
             {*ids, identity} & self.checker.reasons.trouble
         )
