@@ -4,12 +4,20 @@ import itertools
 import random
 from typing import Any, List, Optional
 
-from tests.fake.organisation import Record, org_id_of
+from tests.fake.organisation import Record, Thing, org_id_of
 from tests.simulation.world import short
+
+CHANCES = {
+    "email": 0.4, "reference": 0.3, "lock": 0.3, "delete": 0.3, "merge": 0.3, "newcomer": 0.4,
+    "visit": 0.4, "delete_ticket": 0.3, "give": 0.3, "unlock": 0.4, "new_name": 0.3, "phone": 0.3,
+    "describe": 0.3,
+}  # fmt: skip
+OF_NOBODY = ("visit", "unlock", "give")
+OF_A_WORK = ("comment", "delete_ticket")
 
 
 class ConcurrentEdits:
-    """What others do; each method does one thing and says what, or returns nothing where there is nothing to do it to."""
+    """What others do; each method does one thing and says what, or nothing where it can't."""
 
     def __init__(self, scenario: Any) -> None:
         self.scenario = scenario
@@ -19,106 +27,81 @@ class ConcurrentEdits:
 
     def act(self) -> None:
         """Do one thing, if there is something to do it to."""
-        kind = self.chance.choice(self.kinds())
-        done = getattr(self, kind)()
+        draws = self.scenario.draws
+        drawn = [kind for kind, chance in CHANCES.items() if draws.has(f"others: {kind}", chance)]
+        kind = self.chance.choice(["comment", "ticket", *drawn])
+        act = getattr(self, kind)
+        if kind in OF_NOBODY:
+            done = act()
+        else:
+            subject = self._work() if kind in OF_A_WORK else self._contact()
+            done = act(subject) if subject else ""
         if done:
             self.scenario.counts["edits"] += 1
             self.scenario.trace(f"OTHERS {done}")
 
-    def kinds(self) -> List[str]:
-        kinds = ["comment", "ticket"]
-        for kind, chance in (
-            ("email", 0.4), ("reference", 0.3), ("lock", 0.3), ("delete", 0.3), ("merge", 0.3), ("newcomer", 0.4),
-            ("visit", 0.4), ("delete_ticket", 0.3), ("give", 0.3), ("unlock", 0.4), ("new_name", 0.3),
-            ("phone", 0.3), ("describe", 0.3),
-        ):  # fmt: skip
-            if self.scenario.draws.has(f"others: {kind}", chance):
-                kinds.append(kind)
-        return kinds
+    def _alive(self, contacts: Any) -> List[str]:
+        return [one for one in contacts if self.organisation.alive(one)]
 
-    def contact(self) -> Optional[Record]:
+    def _contact(self) -> Optional[Record]:
         """Return a contact that exists; mostly one that the run is about to merge."""
-        there = [one for one in self.scenario.of_interest() if self.organisation.alive(one)]
+        there = self._alive(self.scenario.of_interest())
         if not there or self.chance.random() < 0.2:
-            there = [one for one in self.organisation.contacts if self.organisation.alive(one)]
+            there = self._alive(self.organisation.contacts)
         return self.organisation.contacts[self.chance.choice(there)] if there else None
 
-    def work(self) -> Optional[str]:
-        one = self.contact()
+    def _work(self) -> Optional[str]:
+        one = self._contact()
         found = self.organisation.works.find([("anyone", [one["id"]])]) if one else []
         return str(self.chance.choice(found)["id"]) if found else None
 
-    def email(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
-        self.organisation.change(one, email=f"changed{next(self.numbers)}@example.com")
-        return f"change the email of {short(one['id'])}"
+    # ----- contacts -------------------------------------------------------------------------------
 
-    def reference(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
-        self.organisation.change(one, external_ref=f"hand-{next(self.numbers)}")
-        return f"change the reference of {short(one['id'])}"
+    def _change(self, one: Thing, **fields: Any) -> str:
+        self.organisation.change(one, **fields)
+        shown = ", ".join(f"{field} {value}" for field, value in fields.items())
+        return f"give {short(one['id'])} {shown}"
 
-    def new_name(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
-        self.organisation.change(one, display_name="Another Name")
-        return f"change the name of {short(one['id'])}"
+    def email(self, one: Thing) -> str:
+        return self._change(one, email=f"changed{next(self.numbers)}@example.com")
 
-    def phone(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
+    def reference(self, one: Thing) -> str:
+        return self._change(one, external_ref=f"hand-{next(self.numbers)}")
+
+    def new_name(self, one: Thing) -> str:
+        return self._change(one, display_name="Another Name")
+
+    def phone(self, one: Thing) -> str:
         number = f"+4940{next(self.numbers):07}"
-        self.organisation.change(one, phone_numbers=[*one.get("phone_numbers", ()), number])
-        return f"give {short(one['id'])} the number {number}"
+        return self._change(one, phone_numbers=[*one.get("phone_numbers", ()), number])
 
-    def describe(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
-        self.organisation.change(one, description=f"Described {next(self.numbers)}.")
-        return f"describe {short(one['id'])}"
+    def describe(self, one: Thing) -> str:
+        return self._change(one, description=f"Described {next(self.numbers)}.")
 
-    def lock(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
-        self.organisation.change(one, state=self.chance.choice(("locked", "deactivated")))
-        return f"make {short(one['id'])} {one['state']}"
+    def lock(self, one: Thing) -> str:
+        return self._change(one, state=self.chance.choice(("locked", "deactivated")))
 
     def unlock(self) -> str:
-        shut = [
-            one
-            for one in self.organisation.contacts.values()
-            if one["state"] in ("locked", "deactivated")
-        ]
+        contacts = self.organisation.contacts.values()
+        shut = [one for one in contacts if one["state"] in ("locked", "deactivated")]
         for one in shut:
             self.organisation.change(one, state="active")
         return f"unlock {len(shut)} contacts" if shut else ""
 
-    def delete(self) -> str:
-        one = self.contact()
-        if one is None or any(one["id"] in pair for pair in self.organisation.merges):
+    def delete(self, one: Thing) -> str:
+        if any(one["id"] in pair for pair in self.organisation.merges):
             return ""
         self.organisation.delete_contact(one["id"])
         return f"delete {short(one['id'])}"
 
-    def merge(self) -> str:
-        one, other = self.contact(), self.contact()
-        if one is None or other is None or one is other:
+    def merge(self, one: Thing) -> str:
+        other = self._contact()
+        if other is None or one is other:
             return ""
         self.organisation.merge(one["id"], other["id"])
         return f"merge {short(other['id'])} into {short(one['id'])}"
 
-    def newcomer(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
+    def newcomer(self, one: Thing) -> str:
         reference = self.chance.choice((None, f"user_n{next(self.numbers)}"))
         key = f"Y{next(self.numbers)}"
         org = (org_id_of(one) or "").rpartition("/")[2] or None
@@ -127,35 +110,25 @@ class ConcurrentEdits:
 
     def visit(self) -> str:
         wanted = [one for one in self.scenario.checker.plan.values() if one.new_ref]
-        if not wanted:
-            return ""
-        return self.scenario.visit(self.chance.choice(wanted).ids)
+        return self.scenario.visit(self.chance.choice(wanted).ids) if wanted else ""
 
-    def comment(self) -> str:
-        work = self.work()
-        if work is None:
-            return ""
+    def ticket(self, one: Thing) -> str:
+        work = self.organisation.add_work(owned_by=[one["id"]])
+        return f"open {short(work)} for {short(one['id'])}"
+
+    # ----- works ----------------------------------------------------------------------------------
+
+    def comment(self, work: str) -> str:
         self.organisation.add_comment(work, f"later {next(self.numbers)}")
         self.organisation.change(self.organisation.works[work])
         return f"comment on {short(work)}"
 
-    def ticket(self) -> str:
-        one = self.contact()
-        if one is None:
-            return ""
-        return (
-            f"open {short(self.organisation.add_work(owned_by=[one['id']]))} for {short(one['id'])}"
-        )
-
-    def delete_ticket(self) -> str:
-        work = self.work()
-        if work is None:
-            return ""
+    def delete_ticket(self, work: str) -> str:
         self.organisation.delete_work(work)
         return f"delete {short(work)}"
 
     def give(self) -> str:
-        work, one = self.work(), self.contact()
+        work, one = self._work(), self._contact()
         if work is None or one is None:
             return ""
         self.organisation.give(work, self.chance.choice(("owned_by", "reported_by")), [one["id"]])
