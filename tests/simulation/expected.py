@@ -290,8 +290,8 @@ def holders(organisation: Organisation, *references: str) -> List[str]:
 def entries_of(backup: Optional[str]) -> Dict[str, Any]:
     """Return the entries of a backup's manifest, by contact; nothing where it is not there."""
     path = Path(backup or "nowhere") / "manifest.json"
-    contacts = json.loads(path.read_bytes())["contacts"] if path.exists() else ()
-    return {one["csv"]["id"]: one for one in contacts}
+    manifest = json.loads(path.read_bytes()) if path.exists() else {}
+    return {one["csv"]["id"]: one for one in manifest.get("contacts", ())}
 
 
 def in_backup(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
