@@ -6801,7 +6801,11 @@ def check_free(path: Path) -> None:
         raise FatalError(EXIT_USAGE, f"{words}; name a file that does not exist yet")
 
 
-def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]) -> None:
+def write_new_file(
+    environment: Environment,
+    path: Path,
+    chunks: Iterable[bytes],
+) -> None:
     """Write a file aside and give it its name in one step that fails where the name is taken.
 
     A file system without hard links knows no such step: there an empty file takes the name first.
@@ -9194,7 +9198,12 @@ def build_parser() -> OptionParser:
         **path,
         **several,
     )
-    add("--choices", "a CSV that says which reference a group keeps", planning, **path)
+    add(
+        "--choices",
+        "a CSV that says which reference a group keeps",
+        planning,
+        **path,
+    )
     add(
         "--email",
         "merge only this address; repeatable",
@@ -9209,8 +9218,12 @@ def build_parser() -> OptionParser:
         metavar="N",
         type=int,
     )
-    words = "merge only if the plan's ID is still this one"
-    add("--plan", words, ("merge", "preview"), metavar="ID")
+    add(
+        "--plan",
+        "merge only if the plan's ID is still this one",
+        ("merge", "preview"),
+        metavar="ID",
+    )
 
     group = parser.add_argument_group("Read-only modes")
     flag("--preview", "print what a run, or --undo, would do")
@@ -9228,8 +9241,12 @@ def build_parser() -> OptionParser:
 
     group = parser.add_argument_group("Other modes")
     add("--undo", "undo the merges that a report or backup names", **path)
-    words = "close unfinished pairs whose problem will stay"
-    add("--settle", words, metavar="ADDRESS", **several)
+    add(
+        "--settle",
+        "close unfinished pairs whose problem will stay",
+        metavar="ADDRESS",
+        **several,
+    )
     add("--export", "read all contacts from DevRev, write the CSV", **path)
     add(
         "--domain",
@@ -9238,8 +9255,11 @@ def build_parser() -> OptionParser:
         metavar="DOMAIN",
         action="append",
     )
-    words = "write a CSV for --choices. Delete lines until one is left for each address"
-    add("--choices-template", words, **path)
+    add(
+        "--choices-template",
+        "write a CSV for --choices. Delete lines until one is left for each address",
+        **path,
+    )
 
     group = parser.add_argument_group("Merge rules")
     add(
@@ -9279,12 +9299,20 @@ def build_parser() -> OptionParser:
 
     group = parser.add_argument_group("Confirmation and output")
     flag("--yes", "do not ask; required where stdin is no terminal")
-    words = "print the result as JSON, all else on stderr"
-    flag("--json", words, (*planning, "status", "verify_backups", "settle", "undo"))
+    flag(
+        "--json",
+        "print the result as JSON, all else on stderr",
+        (*planning, "status", "verify_backups", "settle", "undo"),
+    )
     group.add_argument("-v", "--verbose", action="store_true", help="show each request")
     group.add_argument("-q", "--quiet", action="store_true", help="show only errors and results")
     version = f"merge_contacts {__version__}"
-    add("--version", "print the version", action="version", version=version)
+    add(
+        "--version",
+        "print the version",
+        action="version",
+        version=version,
+    )
     group.add_argument("-h", "--help", action="help", help="print this help")
     return parser
 
@@ -9581,10 +9609,8 @@ class RunContext:
         except OSError as error:
             if self.may_write:
                 raise
-            why = error.strerror or error
-            self.console.print_err(f"warning: the log {self.log_path} can't be written: {why}")
-        python = sys.version.split()[0]
-        log.info("merge_contacts %s, Python %s on %s", __version__, python, sys.platform)
+            self.console.print_err(f"warning: the log can't be written: {error}")
+        log.info("merge_contacts %s, Python %s", __version__, sys.version)
 
     def _create_log(self) -> TextIO:
         self.environment.make_private_dir(LOGS)
@@ -9607,15 +9633,17 @@ class RunContext:
         }
         check_organisation(self.organisation, origin, contacts)
         who = owner.get("display_name") or owner.get("id")
-        words = f"{who} <{owner.get('email')}>, organisation {self.organisation or 'unknown'}"
-        log.info("the token belongs to %s", words)
-        return words
+        return f"{who} <{owner.get('email')}>, organisation {self.organisation or 'unknown'}"
 
     def merge_options(self) -> MergeOptions:
         names = (*MERGE_RULES, "merge_timeout", "preview")
         rules = {name: getattr(self.options, name) for name in names}
         timelines = not self.options.no_timelines
-        return MergeOptions(organisation=self.organisation, timelines=timelines, **rules)
+        return MergeOptions(
+            organisation=self.organisation,
+            timelines=timelines,
+            **rules,
+        )
 
     def describe_cost(self, plan: Plan) -> str:
         """How many requests a run takes, and how fast they may be sent at most."""
@@ -9747,7 +9775,7 @@ def preview(run: RunContext) -> int:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        show_live(run, plan, live, facts)
+        show_live(run, plan, live)
     show_plan(
         plan,
         facts,
@@ -9812,16 +9840,14 @@ def show_live(
     run: RunContext,
     plan: Plan,
     live: Sequence[Json],
-    facts: Json,
 ) -> None:
     lines = unverified_lines(plan.pairs(), plan.unverified, run.options.try_unverified)
+    totals: collections.Counter[str] = collections.Counter()
     for one in live:
-        line = f"ready  {one['email']}"
-        if one["code"]:
-            line = f"{one['code']}  {one['email']}: {one['reason']}"
-        lines.append(line)
-    totals = {"ready": facts["live_ready"], "done": facts["live_done"], **facts["live_refused"]}
-    total = ", ".join(f"{count:,} {name}" for name, count in totals.items() if count)
+        code = one["code"] or "ready"
+        totals[code] += 1
+        lines.append(f"{code}  {one['email']}: {one['reason']}")
+    total = ", ".join(f"{count:,} {code}" for code, count in totals.most_common())
     title = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
     print_list(run.console, title, [*lines, f"in all: {total or 'none'}"])
 
@@ -9896,7 +9922,12 @@ async def settle(run: RunContext) -> int:
             facts = [("to cancel", f"{merges} that DevRev has accepted")]
             facts += [("", line) for line in accepted]
             words = "DevRev may still carry them out: only this tool stops waiting for them."
-            await confirm(run, "settle", facts, words)
+            await confirm(
+                run,
+                "settle",
+                facts,
+                words,
+            )
         savepoint.save_run(record)
         code = EXIT_OK
         ending = []
@@ -9905,13 +9936,12 @@ async def settle(run: RunContext) -> int:
             if problems[pair.ids]:
                 code = EXIT_FAILED
                 run.console.print(f"NOT SETTLED  {what}: {problems[pair.ids]}", "bad")
-            elif pair.state in TERMINAL:
-                run.console.print(f"nothing to settle  {what}: {STATE_WORDS[pair.state]}")
-            else:
+                continue
+            if pair.state not in TERMINAL:
                 settle_pair(pair)
                 ending.append(pair)
-                ended = pair.state.value.replace("_", " ")
-                run.console.print(f"{ended}  {what}: {STATE_WORDS[pair.state]} ({pair.accepted})")
+            words = f"{pair.state.value}  {what}: {STATE_WORDS[pair.state]} {pair.accepted}"
+            run.console.print(words)
         savepoint.save_now(ending)
         return finish_run(run, savepoint, code)
 
@@ -9979,7 +10009,12 @@ async def confirm_and_run(
     async with ticking(run, functools.partial(run.progress.line, runner)):
         if not run.options.preview:
             savepoint.write({}, organisation=run.organisation)
-            await confirm(run, word, facts, warning)
+            await confirm(
+                run,
+                word,
+                facts,
+                warning,
+            )
             savepoint.save_run(run.record)
         cancel = functools.partial(runner.api.cancel_token.cancel, Cancelled())
         run.on_signal(cancel, asyncio.get_event_loop())
@@ -10125,14 +10160,10 @@ class Progress:
         if not total:
             return ""
         pairs = list(runner.pairs())
-        word = "merged"
-        done = [*MERGED_STATES]
-        if isinstance(runner, UndoRunner):
-            word = "undone"
-            done = [State.UNDONE]
-        merged = sum(pair.state in done for pair in pairs)
-        parts = [f"{merged:,} of {plural(total, 'pair')} {word}"]
         outcomes = runner.outcomes
+        merged = sum(pair.state in (*MERGED_STATES, State.UNDONE) for pair in pairs)
+        word = "undone" if isinstance(runner, UndoRunner) else "merged"
+        parts = [f"{merged:,} of {plural(total, 'pair')} {word}"]
         failed = sum(not runner.is_success(pair) for pair in outcomes.values())
         if failed:
             parts.append(f"{failed:,} failed")
@@ -10449,7 +10480,13 @@ def finish_undo(
         if stranded(pair):
             console.error(f"{pair.email}: {stranded(pair)}")
     contents = undo_contents(lists)
-    return conclude(run, runner.savepoint, runner, code, contents)
+    return conclude(
+        run,
+        runner.savepoint,
+        runner,
+        code,
+        contents,
+    )
 
 
 def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, list[Pair]]:
@@ -10507,7 +10544,13 @@ async def check(run: RunContext) -> int:
             is_good = False
             words = str(error)
         log.info("check of %s: %s", name, words)
-        checks.append({"check": name, "ok": is_good, "says": words})
+        checks.append(
+            {
+                "check": name,
+                "ok": is_good,
+                "says": words,
+            }
+        )
         if is_good:
             console.print(f"ok      {name}: {words}")
         else:
@@ -10523,7 +10566,15 @@ async def check(run: RunContext) -> int:
     problems = sum(not one["ok"] for one in checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     console.print(verdict, "bad" if problems else "good")
-    run.show({"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}, {})
+    run.show(
+        {
+            "verdict": verdict,
+            "ready": not problems,
+            "checks": checks,
+            "notes": notes,
+        },
+        {},
+    )
     return EXIT_USAGE if problems else EXIT_OK
 
 
@@ -10681,7 +10732,14 @@ def verify_backups(run: RunContext) -> int:
             run.console.print(f"{kind}  {name}", "" if kind == "partial" else "bad")
     counts = f"{len(found['damaged']):,} damaged, {len(found['missing']):,} missing"
     run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bold")
-    run.show({"folder": str(root), "complete": complete, **found}, {})
+    run.show(
+        {
+            "folder": str(root),
+            "complete": complete,
+            **found,
+        },
+        {},
+    )
     return EXIT_FAILED if found["damaged"] or found["missing"] else EXIT_OK
 
 
@@ -10743,8 +10801,7 @@ def run_command(run: RunContext) -> int:
         if options.live or options.mode in ("merge", "undo", "export", "check"):
             check_destination(run.settings, run.console)
             import_package("requests")
-            if run.settings.calls != 0:
-                import_package("ratelimit")
+            import_package("ratelimit")
         outcome = MODES[options.mode](run)
         return outcome if isinstance(outcome, int) else run.environment.run_event_loop(outcome)
     except FatalError as stop:
@@ -10757,9 +10814,6 @@ def run_command(run: RunContext) -> int:
         code = 128 + (run.signal or signal.SIGINT)
         run.error = "interrupted; nothing was changed"
     run.console.status("")
-    if code > 128:
-        run.console.print_err(run.error)
-        return code
     run.console.error(run.error)
     return code
 

@@ -279,7 +279,7 @@ def test_ctrl_c_ends_the_wait_for_a_pipe_that_gives_nothing(place: Workplace) ->
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
-    assert process.communicate()[1].startswith("interrupted")
+    assert process.communicate()[1].startswith("error: interrupted")
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_settling_exits_with_1_while_a_named_pair_is_open(scene: Scene) -> None:
     scene.merge()
     run = scene.settle(ADA, "person2@example.com")
     assert run.code == 1 and "not requested (count_mismatch)" in run.out
-    assert "nothing to settle  person2@example.com" in run.out
+    assert "done  person2@example.com" in run.out
     assert scene.settle("person2@example.com").code == 0
     assert "no pair in savepoint.db" in scene.settle("stranger@example.com").refusal
 

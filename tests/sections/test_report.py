@@ -416,7 +416,7 @@ def test_settle_says_the_truth_of_every_address(scene: Scene) -> None:
     unknown = scene.settle("persom3@example.com", "person1@example.com")
     assert unknown.code == 2 and "persom3@example.com: no pair in savepoint.db" in unknown.err
     done = scene.settle("person1@example.com")
-    assert "nothing to settle  person1@example.com" in done.out
+    assert "done  person1@example.com" in done.out
     assert done.report["run"]["headline"] == "nothing settled, 1 unfinished"
     mixed = scene.settle("person2@example.com", "person3@example.com")
     assert mixed.code == 1
