@@ -1608,7 +1608,6 @@ class Pair:
     # Fields of another version: kept as they are.
     others: Json = field(default_factory=dict)
     # Known to this run only:
-    tried_before: bool = False  # of a planned pair: an earlier run refused or failed it
     is_requested_again: bool = False  # its merge is about to be requested once more
     before_request: Json | None = None  # what `withdraw_request` restores
 
@@ -1698,7 +1697,7 @@ REQUEST_FIELDS = (
     "first_requested_at",
     "fields_to_carry",
 )
-NOT_STORED = ("run", "revision", "tried_before", "is_requested_again", "before_request", "others")
+NOT_STORED = ("run", "revision", "is_requested_again", "before_request", "others")
 
 
 def stored_fields(record: Any) -> Json:
@@ -4984,13 +4983,15 @@ class MergeGate:
 
 async def check_group(
     api: DevRevAPI,
+    plan: Plan,
     group: Group,
     options: MergeOptions,
     priority: int,
-) -> tuple[LiveGroup, LiveCheck, Timestamp]:
+) -> tuple[LiveGroup, Sequence[Dropped], Timestamp]:
     """Read a group's contacts and compare them with the plan: for a run, and for the live preview.
 
-    Return what DevRev says, the result, and since when it is true.
+    Return what DevRev says, the pairs that leave the group, and since when it is true. Raises
+    PairError with what refuses the group.
     """
     contacts = group.contacts()
     users: dict[str, Json | None] = {}
@@ -5017,8 +5018,11 @@ async def check_group(
     unverified = await unverified_among(api, known, spellings, priority)
     live = LiveGroup(group, users, list(listed.values()), unverified)
     live = replace(live, unheld=await unheld_references(api, live, priority))
+    plan.unverified.update(live.unverified)
     check = check_live(live, options.across_workspaces, options.try_unverified)
-    return live, check, oldest(since)
+    if check.error:
+        raise check.error
+    return live, check.dropped, oldest(since)
 
 
 async def unverified_among(
@@ -5080,30 +5084,45 @@ async def foresee_group(
     plan: Plan,
     group: Group,
     options: MergeOptions,
-) -> PairError | None:
-    """Return what a run would refuse the group with now, None where nothing; reads only."""
-    live, check, _ = await check_group(api, group, options, PREPARE)
-    plan.unverified.update(live.unverified)
-    if check.error:
-        return check.error
-    dropped = {one.pair.duplicate.id for one in check.dropped}
+) -> None:
+    """Raise PairError with what a run would refuse the group with now; reads only."""
+    _, dropped, _ = await check_group(api, plan, group, options, PREPARE)
     if len(dropped) == len(group.pending()):
-        return PairSkipped(check.dropped[0].code, check.dropped[0].reason)
+        raise PairSkipped(dropped[0].code, dropped[0].reason)
+    left_out = {one.pair.duplicate.id for one in dropped}
     for contact in group.contacts():
-        if contact.id in dropped:
-            continue
-        loads = [
-            api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values()
-        ]
-        lists = await together(*loads)
-        greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
-        policy = options.count_policy
-        if contact is group.primary and group.has_absorbed():
-            policy = "at-least"
-        problem = count_error(contact, greatest, policy, "DevRev")
-        if problem:
-            return problem
-    return None
+        if contact.id not in left_out:
+            lists = await together(*load_works(api, contact, PREPARE))
+            greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
+            check_count(
+                group,
+                contact,
+                greatest,
+                options,
+                "DevRev",
+            )
+
+
+def load_works(api: DevRevAPI, contact: Contact, priority: int) -> list[Awaitable[ListResult]]:
+    """Start the lists of a contact's works, by role."""
+    loaders = [api.objects[role] for role in ROLES.values()]
+    return [loader.load(contact.id, contact.tickets, priority) for loader in loaders]
+
+
+def check_count(
+    group: Group,
+    contact: Contact,
+    greatest: int,
+    options: MergeOptions,
+    who: str = "the backup",
+) -> None:
+    """Raise PairError where `who` does not have as many tickets of a contact as the CSV counts."""
+    policy = options.count_policy
+    if contact.id == group.primary.id and group.has_absorbed():
+        policy = "at-least"
+    problem = count_error(contact, greatest, policy, who)
+    if problem:
+        raise problem
 
 
 class Preconditions:
@@ -5164,18 +5183,13 @@ class Preconditions:
     async def _check(self) -> None:
         """Compare the group with DevRev as it is now; a pair that is none any more leaves it."""
         priority = PREPARE if self._checked is None else MERGE
-        live, check, since = await check_group(
-            self.context.api, self.group, self.context.options, priority
+        live, dropped, self._checked = await check_group(
+            self.context.api, self.context.plan, self.group, self.context.options, priority
         )
-        users = live.users
-        if check.error:
-            raise check.error
-        for one in check.dropped:
+        for one in dropped:
             one.pair.move_to(State.SKIPPED, one.code, one.reason)
-        self.live = {identity: user for identity, user in users.items() if user}
-        self._checked = since
-        contacts = plural(len(users), "contact")
-        log.info("%s: the live check of %s has passed", self.group.email, contacts)
+        self.live = {identity: user for identity, user in live.users.items() if user}
+        log.info("%s: the live check has passed", self.group.email)
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is
@@ -5211,7 +5225,10 @@ class Preconditions:
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
                 self.note_backup(pair)
-        self._check_counts(backup)
+        for entry in backup.manifest["contacts"]:
+            contact = Contact.from_json(entry["csv"])
+            greatest = ticket_count(entry["works"].values())
+            check_count(self.group, contact, greatest, self.context.options)
         log.info("%s: the integrity check of %s has passed", email, folder)
         self.folder = str(folder)
         self._listed = since
@@ -5219,14 +5236,13 @@ class Preconditions:
     async def _read_contacts(self) -> tuple[list[ContactSnapshot], Timestamp]:
         """Read the lists of each contact; return what they hold, and since when that is true."""
         contacts = self.group.contacts()
-        objects = self.context.api.objects
+        api = self.context.api
         priority = PREPARE if self._listed is None else MERGE
         calls: list[Awaitable[ListResult]] = []
         for contact in contacts:
-            for role in ROLES.values():
-                calls.append(objects[role].load(contact.id, contact.tickets, priority))
+            calls += load_works(api, contact, priority)
             # Of four tickets about one has a conversation.
-            calls.append(objects["members"].load(contact.id, contact.tickets // 4, priority))
+            calls.append(api.objects["members"].load(contact.id, contact.tickets // 4, priority))
         lists: list[ListResult] = await together(*calls)
         since = oldest(listing.since for listing in lists)
         snapshots = []
@@ -5262,17 +5278,6 @@ class Preconditions:
         pair.backup = str(self.backup.folder)
         pair.backed_up = self.backup.holdings
         pair.manifest_sha256 = self.backup.sha256
-
-    def _check_counts(self, backup: Backup) -> None:
-        """Raise PairError where the backup does not hold what the CSV counts."""
-        for entry in backup.manifest["contacts"]:
-            policy = self.context.options.count_policy
-            if entry["role"] == "primary" and self.group.has_absorbed():
-                policy = "at-least"
-            greatest = ticket_count(entry["works"].values())
-            problem = count_error(Contact.from_json(entry["csv"]), greatest, policy)
-            if problem:
-                raise problem
 
 
 def oldest(moments: Iterable[Timestamp]) -> Timestamp:
@@ -5663,7 +5668,6 @@ class PairMerge:
         self.update = ReferenceUpdate(
             self.api, pair.primary, str(pair.new_ref), self._request_options
         )
-        self.has_outcome = False
         self.requests_sent = 0  # in this run
         self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
         # DevRev's answer to the last request, where it was a clear refusal.
@@ -5688,7 +5692,7 @@ class PairMerge:
             State.MERGED: self._set_reference,
             State.VERIFYING: self._verify,
         }
-        if self.has_outcome:
+        if pair.ids in self.context.outcomes:
             return False
         try:
             while pair.state in phases and pair.state is not until:
@@ -5739,12 +5743,12 @@ class PairMerge:
         at it too, or only its verification is open.
         """
         pair = self.pair
-        self.has_outcome = True
         if problem and problem.code == "not_found":
             await self._doubt_merge()
         if problem and pair.new_ref and pair.state is State.MERGED:
             pair.unset_since = pair.unset_since or self.context.savepoint.run
-        counts = not (self.run.resumed or pair.tried_before or pair.state is State.VERIFYING)
+        was_tried = pair.ids in self.context.plan.tried
+        counts = not (self.run.resumed or was_tried or pair.state is State.VERIFYING)
         await self.context.record_outcome(pair, problem, counts)
 
     async def _doubt_merge(self) -> None:
@@ -5799,7 +5803,7 @@ class PairMerge:
         """
         pair = self.pair
         if pair.requested_at:
-            wanted = self.run.wanted.get(pair.ids)
+            wanted = self.context.plan.wanted.get(pair.ids)
             if wanted is None or wanted.new_ref != pair.new_ref:
                 words = f"the merge of {into(pair)} was requested"
                 words += ", and is not in this plan with the same reference"
@@ -6250,8 +6254,7 @@ class PairMerge:
 class GroupRun:
     """Merges the pairs of one group one after the other, then verifies them together.
 
-    `wanted` are the pairs of this run's CSV: no other is requested. `resumed`: an earlier run left
-    the group's pairs.
+    `pairs` are those of the group to be merged now. `resumed`: an earlier run left them.
     """
 
     def __init__(
@@ -6259,13 +6262,11 @@ class GroupRun:
         context: ContactMerger,
         group: Group,
         pairs: Sequence[Pair],
-        wanted: Mapping[Ids, Pair],
         resumed: bool,
     ) -> None:
         self.context = context
         self.group = group
         self.pairs = pairs
-        self.wanted = wanted
         self.resumed = resumed
         self.preconditions = Preconditions(context, group)
         self.lock = asyncio.Lock()
@@ -6454,7 +6455,8 @@ class ContactMerger(TaskRunner):
         api: DevRevAPI,
         savepoint: SavePoint,
         options: MergeOptions,
-        on_outcome: Callable[[Pair], None] = lambda _pair: None,
+        on_outcome: Callable[[Pair], None],
+        plan: Plan,
     ) -> None:
         super().__init__(
             api,
@@ -6462,6 +6464,7 @@ class ContactMerger(TaskRunner):
             options,
             on_outcome,
         )
+        self.plan = plan
         self.gate = MergeGate(api.cancel_token)
         # How long the last merges took: seconds, and polls.
         self.recent_merges: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)
@@ -6481,21 +6484,20 @@ class ContactMerger(TaskRunner):
         if not self.before_verification and not self.cancel_token.stop:
             asyncio.get_event_loop().call_later(LINGER, self.api.dispatch)
 
-    async def work(self, plan: Plan, unfinished: list[Pair]) -> None:
+    async def work(self, unfinished: list[Pair]) -> None:
         """Finish what earlier runs left unfinished, and carry out the plan."""
-        self.savepoint.save_now(plan.revived)
-        self.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
-        unfinished += await self._poll_cancelled(plan)
-        self.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
-        self._resume(plan, unfinished)
+        self.savepoint.save_now(self.plan.revived)
+        unfinished += await self._poll_cancelled()
+        self.total = len({pair.ids for pair in chain(self.plan.pairs(), unfinished)})
+        self._resume(unfinished)
         for run in list(self._resumed.values()):
             await self.cancel_token.wait(run.attempted.wait())
-        await self._start_new(plan, unfinished)
+        await self._start_new(unfinished)
         await self.wait_all()
 
     # -- what earlier runs left --------------------------------------------------------------------
 
-    async def _poll_cancelled(self, plan: Plan) -> list[Pair]:
+    async def _poll_cancelled(self) -> list[Pair]:
         """Poll each cancelled pair once: return those that DevRev has carried out after all, as
         unfinished pairs."""
         found = []
@@ -6515,7 +6517,7 @@ class ContactMerger(TaskRunner):
                 found.append(pair)
             elif pair.reference_not_set:
                 warning = {"email": pair.email, "code": pair.code, "warning": pair.error}
-                plan.warnings.append(warning)
+                self.plan.warnings.append(warning)
         return found
 
     async def _is_merged_after_all(self, pair: Pair) -> bool:
@@ -6554,110 +6556,71 @@ class ContactMerger(TaskRunner):
             pair.move_to(pair.state, code, where_to_set(pair) if noted else pair.accepted)
             await self.savepoint.save(pair, keep_run=True)
 
-    def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
+    def _resume(self, unfinished: Sequence[Pair]) -> None:
         """Start a group for each primary of unfinished pairs, with what else is known of that
         primary."""
         by_primary: dict[str, list[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
+            pair.move_to(pair.state)
             by_primary[pair.primary.id].append(pair)
+        planned = {group.primary.id: group for group in self.plan.groups}
         for primary, pairs in by_primary.items():
-            known = {pair.ids for pair in pairs}
-            # One that is only planned is the plan's, if it still is in it. The plan also knows the
-            # rest of the group, and what was chosen for it.
+            group = Group(pairs[0].email, list(pairs))
             siblings = []
             for pair in self.savepoint.pairs(primary_id=primary):
-                if pair.ids not in known and pair.state is not State.PLANNED:
+                if pair.state is not State.PLANNED:  # else it is the plan's, if it still is in it
                     siblings.append(pair)
-            known.update(pair.ids for pair in siblings)
-            chosen = ""
-            for planned in plan.groups:
-                if planned.primary.id == primary:
-                    siblings += [pair for pair in planned.pairs if pair.ids not in known]
-                    chosen = planned.chosen
-            group = Group(pairs[0].email, [*pairs, *siblings], chosen=chosen)
-            for pair in pairs:
-                pair.move_to(pair.state)
-            run = GroupRun(
-                self,
-                group,
-                pairs,
-                plan.wanted,
-                resumed=True,
-            )
+            if primary in planned:
+                group.chosen = planned[primary].chosen
+                siblings += planned[primary].pairs
+            for pair in siblings:
+                if pair.ids not in {one.ids for one in group.pairs}:
+                    group.pairs.append(pair)
+            run = GroupRun(self, group, pairs, resumed=True)
             self._resumed[self._start(run)] = run
 
     # -- new merges --------------------------------------------------------------------------------
 
-    async def _start_new(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
+    async def _start_new(self, unfinished: Sequence[Pair]) -> None:
         """Start the groups of the plan, a batch at a time while there is room.
 
         What no run has tried yet comes first, so that a contact which always fails keeps no other
         waiting; groups with a contact of an unfinished pair come last.
         """
         known = {pair.ids: pair for pair in unfinished}
-        blocked: set[str] = set()
-        for pair in unfinished:
-            blocked.update(pair.ids)
-        undoing: dict[str, Pair] = {}
+        undoing: dict[str, str] = {}  # contact -> what finishes its undo
         for pair in self.savepoint.pairs(State.UNDOING):
-            undoing.update(dict.fromkeys(pair.ids, pair))
-        failed = {pair.ids for pair in self.savepoint.pairs(State.FAILED)}
-        groups = plan.groups
-        plan.groups = []
-        groups.sort(key=lambda group: not failed.isdisjoint(pair.ids for pair in group.pairs))
-        groups.reverse()
+            path = pair.undo.path if pair.undo else ""
+            undoing.update(dict.fromkeys(pair.ids, f"merge_contacts.py --undo {path}"))
+        groups = self.plan.groups
+        self.plan.groups = []
+        groups.sort(key=lambda group: any(pair.ids in self.plan.tried for pair in group.pairs))
         deferred: list[GroupRun] = []
         batch: list[GroupRun] = []
-        while groups:
-            group = groups.pop()  # and forget it: memory does not grow with what is done
+        for group in groups:
             group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
-            run = await self._run_of(group, plan, undoing, failed)
-            if run and blocked.isdisjoint(run.contact_ids()):
-                batch.append(run)
-            elif run:
+            for pair in group.pairs:
+                if pair.state is State.SKIPPED:  # by the live check of an unfinished pair
+                    await self.record_outcome(pair, PairSkipped(pair.code, pair.error))
+            run = GroupRun(self, group, group.pending(), resumed=False)
+            ids = run.contact_ids()
+            undo = next((undoing[one] for one in sorted(ids) if one in undoing), "")
+            if undo:
+                words = f"its undo is not finished; finish it first: {undo}"
+                await self._refuse(run, PairSkipped("undo_unfinished", words))
+            elif not ids.isdisjoint(chain.from_iterable(known)):
                 deferred.append(run)
+            elif run.pairs:
+                batch.append(run)
             size = sum(len(one.pairs) for one in batch)
             if size >= min(self.BATCH, max(1, self._room() // 2)):
                 await self._start_batch(batch)
         await self._start_batch(batch)
         await together(*(self._start_deferred(run, unfinished) for run in deferred))
 
-    async def _run_of(
-        self,
-        group: Group,
-        plan: Plan,
-        undoing: Mapping[str, Pair],
-        failed: Collection[Ids],
-    ) -> GroupRun | None:
-        """Return the run of a group's planned pairs, None where there are none, or an undo has to
-        be finished first."""
-        pairs = []
-        for pair in group.pairs:
-            if pair.state is State.PLANNED:
-                pairs.append(pair)
-            elif pair.state is State.SKIPPED:  # by the live check of an unfinished pair
-                await self.record_outcome(pair, PairSkipped(pair.code, pair.error))
-        if not pairs:
-            return None
-        for pair in pairs:
-            pair.tried_before = pair.ids in failed
-        run = GroupRun(
-            self,
-            group,
-            pairs,
-            plan.wanted,
-            resumed=False,
-        )
-        in_undo = sorted(run.contact_ids() & undoing.keys())
-        if not in_undo:
-            return run
-        undo = undoing[in_undo[0]].undo
-        words = "its undo is not finished; finish it first"
-        if undo:
-            words += f": merge_contacts.py --undo {undo.path}"
-        for pair in pairs:
-            await self.record_outcome(pair, PairSkipped("undo_unfinished", words))
-        return None
+    async def _refuse(self, run: GroupRun, problem: PairError) -> None:
+        for pair in run.pairs:
+            await self.record_outcome(pair, problem, False)
 
     def _room(self) -> int:
         """Return how many pairs may be in progress: under a small quota few, because checks and
@@ -6693,14 +6656,12 @@ class ContactMerger(TaskRunner):
         for task, resumed in list(self._resumed.items()):
             if not task.done() and any(ids & set(pair.ids) for pair in resumed.pairs):
                 await self.cancel_token.wait(asyncio.wait({task}))
-        words = "another merge of one of its contacts has to be finished first"
-        problem = PairError("group_incomplete", words)
         for other in unfinished:
             frees = other.state is State.MERGED and other.new_ref in refs
             is_open = other.state in (*REQUESTED_STATES, State.MERGED)
             if is_open and not frees and not ids.isdisjoint(other.ids):
-                for pair in run.pairs:
-                    await self.record_outcome(pair, problem, False)
+                words = "another merge of one of its contacts has to be finished first"
+                await self._refuse(run, PairError("group_incomplete", words))
                 return
         await self._start_batch([run])
 
@@ -9811,8 +9772,9 @@ async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
         return f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev"
 
     async def compare(group: Group) -> None:
+        problem: PairError | None = None
         try:
-            problem = await foresee_group(api, plan, group, run.merge_options())
+            await foresee_group(api, plan, group, run.merge_options())
         except PairError as error:
             problem = error
         except ODD_ANSWER as error:
@@ -9874,7 +9836,13 @@ async def merge(run: RunContext) -> int:
         savepoint.organisation = run.organisation
         if not run.options.yes:
             await find_unverified(api, plan)
-        merger = ContactMerger(api, savepoint, run.merge_options(), run.progress.on_pair)
+        merger = ContactMerger(
+            api,
+            savepoint,
+            run.merge_options(),
+            run.progress.on_pair,
+            plan,
+        )
         others = savepoint.other_organisations()
         if others:
             words = f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT}"
@@ -9889,7 +9857,7 @@ async def merge(run: RunContext) -> int:
             "merge",
             facts,
             warning,
-            lambda: merger.run(merger.work(plan, unfinished)),
+            lambda: merger.run(merger.work(unfinished)),
         )
         return finish_run(
             run,

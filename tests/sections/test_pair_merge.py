@@ -177,10 +177,9 @@ class Played:
         self.pair = pair = Pair(primary, duplicate, None if "no-reference" in given else "user_1")
         names = [one for one in given if one != "no-reference"]
         options = tool.MergeOptions("ORG", merge_timeout=20.0, **dict.fromkeys(names, True))
-        merger = tool.ContactMerger(devrev.api, devrev, options)
-        group = tool.Group(EMAIL, [pair])
-        wanted = {} if "wanted" in script else {pair.ids: pair}
-        run = tool.GroupRun(merger, group, [pair], wanted, resumed=left != "planned")
+        plan = tool.Plan(wanted={} if "wanted" in script else {pair.ids: pair})
+        merger = tool.ContactMerger(devrev.api, devrev, options, lambda _: None, plan)
+        run = tool.GroupRun(merger, tool.Group(EMAIL, [pair]), [pair], resumed=left != "planned")
 
         async def play() -> None:
             if left != "planned":
