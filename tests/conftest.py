@@ -11,7 +11,7 @@ from tests.simulation.scene import Scene
 from tests.simulation.world import WAIVED
 from tests.support import SCRIPT, Workplace
 
-# A share of the examples in the fast run, all of them in CI: `-m "slow or hypothesis" --hypothesis-profile thorough`.
+# A share of the examples in the fast run, all of them in CI.
 settings.register_profile("quick", max_examples=30)
 settings.register_profile("thorough", max_examples=100)
 settings.load_profile("quick")

@@ -7,7 +7,6 @@ How to read a failing scenario is in tests/README.md.
 """
 
 import argparse
-import functools
 import logging
 import multiprocessing
 import os
@@ -27,13 +26,12 @@ from tests.fake.world import SWITCHES, World
 from tests.simulation.concurrent_edits import ConcurrentEdits
 from tests.simulation.expected import COPY, MAIN, STOPPING, Ids, Row, groups_of, instant
 from tests.simulation.organisations import Draws, OrganisationBuilder, quota_of, set_switches
-from tests.simulation.scene import Run, Stage
+from tests.simulation.scene import Run, Stage, the_module
 from tests.simulation.world import (
     InvariantBroken,
     NetworkFaults,
     Nth,
     SimulatedProcess,
-    load,
     short,
 )
 
@@ -179,13 +177,12 @@ class Scenario(Stage):
                 found.append(Fault(kind, chance=chance, detail=detail))
         if self.draws.has("no merge is carried out", 0.04) and self.chance.random() < 0.6:
             found.append(Fault("merge-never"))
-        for kind, detail in (
-            ("merge-never", None), ("merge-leaves", None), ("merge-doubled", self.draws.somewhen(0.1, 60.0)),
-            ("merge-slow", self.draws.somewhen(1.0, 400.0)),
-            ("merge-refused-late", (self.chance.choice((400, 403, 409)), self.draws.somewhen(0.1, 300.0))),
-        ):  # fmt: skip
+        again, slow = self.draws.somewhen(0.1, 60.0), self.draws.somewhen(1.0, 400.0)
+        late = self.chance.choice((400, 403, 409)), self.draws.somewhen(0.1, 300.0)
+        details = {"merge-doubled": again, "merge-slow": slow, "merge-refused-late": late}
+        for kind in ("merge-never", "merge-leaves", *details):
             if self.draws.has(kind, 0.12):
-                found.append(Fault(kind, chance=0.4, detail=detail))
+                found.append(Fault(kind, chance=0.4, detail=details.get(kind)))
         if self.draws.has("a poll that hangs", 0.08):
             found.append(Fault("hang", "rev-users.get", chance=0.3))
         if self.undos and self.draws.has("contacts refused", 0.2):
@@ -565,7 +562,7 @@ class Scenario(Stage):
                 self._put_back_reports()
 
     def _put_back_reports(self) -> None:
-        """The whole folder is put back: reports that are newer than its savepoint are not there either."""
+        """The whole folder is put back: newer reports are not there either."""
         known = self.checker.known_runs()
         for path in sorted(Path("reports").glob("*_report_*.json")):
             if path.stem.partition("_report_")[2] not in known:
@@ -602,11 +599,6 @@ def play(seed: int, module: Any, trace: bool = False) -> Verdict:
     counts["merges"] = len(scenario.organisation.merges)
     counts.update(f"pairs {row['state']}" for row in scenario.rows.values())
     return Verdict(seed, invariant, what, scenario.events, counts, scenario.clock.now)
-
-
-@functools.lru_cache(maxsize=1)
-def the_module() -> Any:
-    return load()
 
 
 def play_quietly(seed: int) -> Verdict:

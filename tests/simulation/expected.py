@@ -30,6 +30,7 @@ from tests.simulation.world import ROW, short, stored_row
 
 Ids = Tuple[str, str]  # primary, duplicate
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
+ALL_ROLES = (*ROLES.values(), "members")
 MAIN, COPY = Path("savepoint.db"), Path("backups") / "savepoint-copy.db"
 UNFINISHED = ("requested", "acknowledged", "merged", "proving")
 ENDED = ("done", "merged_elsewhere", "settled")
@@ -253,7 +254,7 @@ def versions(table: Table, object_id: str, since: float) -> List[Optional[Thing]
     return [table.get(object_id), *before]
 
 
-def people_of(thing: Optional[Thing], roles: Sequence[str]) -> Iterator[Thing]:
+def people_of(thing: Optional[Thing], roles: Sequence[str] = ALL_ROLES) -> Iterator[Thing]:
     """Yield everybody who has one of these roles in a work or a conversation."""
     for role in roles:
         people = (thing or {}).get(role) or ()

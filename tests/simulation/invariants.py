@@ -17,6 +17,7 @@ from typing import Any, Callable, DefaultDict, Dict, List, Mapping, Optional, Se
 from tests.fake.organisation import Table, Thing, org_id_of, own_reference
 from tests.fake.world import World
 from tests.simulation.expected import (
+    ALL_ROLES,
     COPY,
     ENDED,
     MAIN,
@@ -60,7 +61,6 @@ GRACE = 10.0  # seconds in which an interrupted run may finish what is under way
 REMEMBERED = "a request is never forgotten"
 LOST = "nobody's edit is lost but within one round trip"
 AT_ONCE = 1.0  # seconds from an answer until what rests on it leaves
-ALL_ROLES = (*ROLES.values(), "members")
 
 
 class Ask:
@@ -162,7 +162,7 @@ class InvariantChecker:
                 self.known[ids].append(wanted)
 
     def _read_files(self) -> Tuple[Optional[StoredFile], Optional[StoredFile]]:
-        """Read both files. They have to hold what was committed to them, however a run has ended."""
+        """Read both files. They hold what was committed to them, however a run has ended."""
         files = read_file(MAIN), read_file(COPY)
         for path, file in zip((MAIN, COPY), files):
             committed = self.committed[path.name]

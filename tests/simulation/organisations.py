@@ -1,4 +1,4 @@
-"""Organisations to play scenarios in, and the ways in which DevRev serves them, drawn from a seed."""
+"""Organisations to play scenarios in, and ways in which DevRev serves them, from a seed."""
 
 import math
 import random
@@ -34,9 +34,10 @@ class Draws:
         return float(least * (most / least) ** self.random.random())
 
 
-SHAPES = (  # references of the contacts of one email: R is DevRev's, u the application's, - none of the two
-    ("Ru", 12), ("RRu", 3), ("RRRu", 1), ("RRRRu", 1), ("Ruu", 2), ("RRuu", 1), ("RR", 2), ("uu", 1), ("R", 1),
-    ("u", 1), ("Ru-", 1),
+# References of the contacts of one email: R is DevRev's, u the application's, - none of the two.
+SHAPES = (
+    ("Ru", 12), ("RRu", 3), ("RRRu", 1), ("RRRRu", 1), ("Ruu", 2), ("RRuu", 1), ("RR", 2),
+    ("uu", 1), ("R", 1), ("u", 1), ("Ru-", 1),
 )  # fmt: skip
 SHARED = ("support", "Info+berlin", "noreply", "sales", "test", "billing", "N-A")
 
@@ -270,8 +271,7 @@ class Switches:
             kind = chance.choice(("restricted", "restricted_timelines", "restricted_writes"))
             setattr(world, kind, sorted(str(one["id"]) for one in chosen))
             if kind != "restricted_writes":
-                roles = ("owned_by", "reported_by", "members", "created_by")
-                trouble = {one["id"] for thing in chosen for one in people_of(thing, roles)}
+                trouble = {one["id"] for thing in chosen for one in people_of(thing)}
         world.restricted_in_lists = (
             chance.choice(("shown", "shown", "left out", "403")) if world.restricted else "shown"
         )

@@ -1,7 +1,7 @@
 """What a pair that has not been merged may say in the end: whether its reason is so."""
 
 import json
-from typing import Any, Callable, Dict, Mapping, Optional, Set
+from typing import Any, Dict, Mapping, Optional, Set
 
 from tests.fake.organisation import (
     HALF_EMOJI,
@@ -36,7 +36,7 @@ TRUE = "every pair is done, or refused for a reason that is true"
 class ReasonChecker:
     """The reasons that reports give, held against the truth.
 
-    `trouble`: contacts that the token has trouble with for good; it may cost their own groups alone.
+    `trouble`: contacts that the token has trouble with for good; it costs their own groups alone.
     """
 
     def __init__(self, checker: Any) -> None:
@@ -47,7 +47,7 @@ class ReasonChecker:
     # ----- what DevRev shows ----------------------------------------------------------------------
 
     def shows_verified(self, ids: Ids) -> bool:
-        """Whether answers or lists tell for sure that the duplicate is not verified, and that the primary is."""
+        """Whether answers or lists tell for sure which of the two is verified."""
         world, numbers = self.checker.fake_devrev, self.organisation.contacts.numbers
         if self.checker.lies:
             return False
@@ -67,10 +67,7 @@ class ReasonChecker:
 
     def find_trouble(self) -> None:
         """Add the contacts that have had to do with a forbidden object, or hold half an emoji."""
-        world, roles = (
-            self.checker.fake_devrev,
-            ("owned_by", "created_by", "reported_by", "members"),
-        )
+        world = self.checker.fake_devrev
         for identity, contact in self.organisation.contacts.items():
             if HALF_EMOJI in json.dumps(contact, ensure_ascii=False):
                 self.trouble.add(identity)
@@ -79,7 +76,7 @@ class ReasonChecker:
         for object_id in {*world.restricted, *world.restricted_timelines}:
             table = table_of(self.organisation, object_id)
             for thing in versions(table, object_id, -1e9):
-                self.trouble.update(one["id"] for one in people_of(thing, roles))
+                self.trouble.update(one["id"] for one in people_of(thing))
 
     # ----- a scenario ends ------------------------------------------------------------------------
 
@@ -98,54 +95,40 @@ class ReasonChecker:
                 if not self.is_true(ids, entry, resting, stuck):
                     what = f"{entry['state']}, {entry['code']}: {entry['error']}"
                     broken(TRUE, f"{name_of(ids)} is {what}")
-            elif not (
-                (self._is_too_small() and checker.reports.last_code == 3)
-                or (state == "nothing" and self._is_gone(ids, last))
-                or self._is_skipped(ids, last)
-            ):
+            elif not self._is_left_out(ids, state, last):
                 broken(ALL_ENDED, f"{name_of(ids)} ({state}): nothing is said of it")
         self._judge_references(rows)
 
-    def _is_gone(self, ids: Ids, report: Mapping[str, Any]) -> bool:
-        codes = {one["code"] for one in report.get("skipped") or ()}
-        is_said = not codes.isdisjoint(("already_gone", "already_merged"))
-        return is_said and not self.organisation.alive(ids[1])
+    def _is_left_out(self, ids: Ids, state: str, report: Mapping[str, Any]) -> bool:
+        """Whether the run stopped before a pair, or its report says, truly, why it is left out."""
+        if self._is_too_small() and self.checker.reports.last_code == 3:
+            return True
+        email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
+        skipped = [(one["code"], one["email"]) for one in report.get("skipped") or ()]
+        gone = {one for code, one in skipped if code in ("already_gone", "already_merged")}
+        is_said = email in gone or (gone and state == "nothing")
+        is_gone = is_said and not self.organisation.alive(ids[1])
+        return is_gone or (("different_rev_org", email) in skipped and self._orgs_differ(ids))
 
     def _objects_tell(self, ids: Ids, row: Any) -> bool:
-        """Whether a pair's backup has an object of the duplicate alone, or a poll names the primary."""
+        """Whether a backup has an object of the duplicate alone, or a poll names the primary."""
         world = self.checker.fake_devrev
         if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
             return True
-        items = {
-            contact: {one for one, _ in in_backup(entry)}
-            for contact, entry in entries_of(row["backup"]).items()
-        }
-        mine = items.pop(ids[1], set())
-        return any(
-            one in table_of(self.organisation, one) for one in mine.difference(*items.values())
-        )
+        entries = entries_of(row["backup"]).items()
+        items = {contact: {one for one, _ in in_backup(entry)} for contact, entry in entries}
+        mine = items.pop(ids[1], set()).difference(*items.values())
+        return any(one in table_of(self.organisation, one) for one in mine)
 
     def _judge_ended(self, ids: Ids, state: str, row: Any) -> None:
-        if (
-            state == "cancelled"
-            and self.checker.into(ids)
-            and self.organisation.alive(ids[0])  # else polls lead to whom it was merged onward into
-            and not self.checker.lies
-            and not self._is_hidden(ids)
-            and self._objects_tell(ids, row)
-        ):
+        is_carried_out = state == "cancelled" and self.checker.into(ids)
+        # Else polls lead to whom the primary was merged onward into.
+        is_seen = self.organisation.alive(ids[0]) and not self.checker.lies
+        if is_carried_out and is_seen and not self._is_hidden(ids) and self._objects_tell(ids, row):
             broken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
 
     def _is_hidden(self, ids: Ids) -> bool:
         return self.is_odd(ids[1]) or self._cannot_be_told(ids)
-
-    def _is_skipped(self, ids: Ids, report: Mapping[str, Any]) -> bool:
-        """Whether the report says, truly, why the live check has left a duplicate out."""
-        email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
-        codes = {one["code"] for one in report.get("skipped") or () if one["email"] == email}
-        is_said = not codes.isdisjoint(("already_gone", "already_merged"))
-        is_gone = is_said and not self.organisation.alive(ids[1])
-        return is_gone or ("different_rev_org" in codes and self._orgs_differ(ids))
 
     def _orgs_differ(self, ids: Ids) -> bool:
         contacts = self.organisation.contacts
@@ -186,70 +169,51 @@ class ReasonChecker:
             return True  # a quota that makes pages wait for longer than their cursors live
         if code == "forbidden" and world.hidden_kinds and world.hidden_kinds_answer == "403":
             return True
-        for codes, reason in self._reasons(ids, entry, resting, stuck).items():
-            if code in codes.split():
-                return bool(reason())
-        return False
+        reasons = self._reasons(ids, entry, resting, stuck)
+        return any(is_so for codes, is_so in reasons.items() if code in codes.split())
 
     def _reasons(
         self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]
-    ) -> Dict[str, Callable[[], Any]]:
+    ) -> Dict[str, Any]:
+        """Return by codes whether they are so."""
         organisation, checker = self.organisation, self.checker
         world, reference = checker.fake_devrev, entry["new_external_ref"]
-        group = self.group_of(ids)
+        group, planned = self.group_of(ids), checker.plan.get(ids)
         there = {one: organisation.contacts[one] for one in group if organisation.alive(one)}
         primary, duplicate = map(there.get, ids)
-        left = entry.get("left_behind") or ()
+        references = [one.new_ref for pair, one in checker.plan.items() if pair[0] == ids[0]]
+        left = [(one["id"], one["role"]) for one in entry.get("left_behind") or ()]
+        is_missing = len(there) < len(group)
+        has_another = primary is not None and primary["external_ref"] not in (reference, None)
+        stays = duplicate is not None and (checker.lies or self._is_never_merged(ids))
+        can_be_freed = self._can_be_freed(ids, reference, primary, resting)
+        # Lists show the merged duplicate for good as it was before.
+        is_listed = duplicate is None and world.stays == "own-reference"
+        shown = organisation.contacts.get(ids[1], {}).get("external_ref")
+        # A primary that was merged into another: reading it may tell nothing.
+        is_untold = self._is_hidden(ids) or primary is None
         return {
-            "plan_changed": lambda: (
-                ids not in checker.plan or checker.plan[ids].new_ref != reference
-            ),
-            "not_found": lambda: len(there) < len(group),
-            "not_active": lambda: (
-                len(there) < len(group) or any(one["state"] != "active" for one in there.values())
-            ),
+            "plan_changed": planned is None or planned.new_ref != reference,
+            "not_found": is_missing,
+            "not_active": is_missing or any(one["state"] != "active" for one in there.values()),
             # A fresh export has the row as it is, but for what is no longer exported as a pair.
-            "email_changed external_ref_changed count_mismatch": lambda: (
-                ids not in checker.plan
-                or (primary is not None and primary["external_ref"] not in (reference, None))
-            ),
-            "different_rev_org": lambda: len({*map(org_id_of, there.values())} - {None}) > 1,
-            "several_user_refs": lambda: True,
-            "shared_mailbox group_changed": lambda: self._has_too_many(ids),
-            "several_external_refs": lambda: any(
-                one.get("external_refs") for one in there.values()
-            ),
-            "unverified": lambda: self._has_unverified(ids, group),
-            "reference_reverted": lambda: world.puts_back,
-            "reference_unheld": lambda: any(
-                planned.new_ref and not holders(organisation, planned.new_ref)
-                for pair, planned in checker.plan.items()
-                if pair[0] == ids[0]
-            ),
-            "external_ref_conflict": lambda: (
-                reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
-            ),
-            "left_behind": lambda: any(
-                not checker.belongs_to(one["id"], one["role"], ids[0]) for one in left
-            ),
-            # Lists show the merged duplicate for good as it was before.
-            "still_listed": lambda: (
-                duplicate is None
-                and world.stays == "own-reference"
-                and organisation.contacts[ids[1]]["external_ref"] == own_reference(ids[1])
-            ),
-            "merged_into_another": lambda: organisation.survivor(ids[1]) != ids[0],
-            "backup_failed": lambda: checker.backups_lost,
-            "stale": self._is_too_small,
-            "group_incomplete": lambda: any(
-                set(other) & group for other in resting if other != ids
-            ),
-            "undo_unfinished": lambda: checker.undo.is_open(group),
-            "merge_refused merge_not_confirmed forbidden api_error": lambda: (
-                (duplicate is not None and (checker.lies or self._is_never_merged(ids)))
-                or self._is_hidden(ids)
-                or primary is None  # merged into another, and reading it may tell nothing
-            ),
+            "email_changed external_ref_changed count_mismatch": planned is None or has_another,
+            "different_rev_org": len({*map(org_id_of, there.values())} - {None}) > 1,
+            "several_user_refs": True,
+            "shared_mailbox group_changed": self._has_too_many(ids),
+            "several_external_refs": any(one.get("external_refs") for one in there.values()),
+            "unverified": self._has_unverified(ids, group),
+            "reference_reverted": world.puts_back,
+            "reference_unheld": any(one and not holders(organisation, one) for one in references),
+            "external_ref_conflict": reference in stuck or not can_be_freed,
+            "left_behind": not all(checker.belongs_to(*one, ids[0]) for one in left),
+            "still_listed": is_listed and shown == own_reference(ids[1]),
+            "merged_into_another": organisation.survivor(ids[1]) != ids[0],
+            "backup_failed": checker.backups_lost,
+            "stale": self._is_too_small(),
+            "group_incomplete": any(set(other) & group for other in resting if other != ids),
+            "undo_unfinished": checker.undo.is_open(group),
+            "merge_refused merge_not_confirmed forbidden api_error": is_untold or stays,
         }
 
     def _has_too_many(self, ids: Ids) -> bool:
@@ -275,7 +239,7 @@ class ReasonChecker:
         return False
 
     def _is_never_merged(self, ids: Ids) -> bool:
-        """Whether DevRev merges no contact that is not verified into one that is, or the other way round."""
+        """Whether DevRev merges no unverified contact into a verified one, or the other way."""
         world, unverified = self.checker.fake_devrev, self.organisation.unverified
         manners = {(False, True): world.unverified_merge, (True, False): world.verified_merge}
         return manners.get((ids[0] in unverified, ids[1] in unverified), "works") != "works"
@@ -316,7 +280,7 @@ class ReasonChecker:
         if primary is None or primary["state"] != "active":
             return False
         holder = self.organisation.holder(org_id_of(primary), reference)
-        pairs = {(holder or "", ids[0]), (ids[0], holder or "")}
+        pairs = [(holder, ids[0]), (ids[0], holder)]
         return holder is None or any(
-            pair in self.checker.plan and pair not in resting for pair in pairs
+            one in self.checker.plan and one not in resting for one in pairs
         )

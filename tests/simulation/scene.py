@@ -62,7 +62,8 @@ from tests.simulation.world import (
 )
 
 HEADER = (
-    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT", "TICKET_COUNT",
+    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT",
+    "TICKET_COUNT",
 )  # fmt: skip
 PEACEFUL_RUNS = 12  # that a scenario which is left in peace may need to end
 ALL_ENDS = "a scenario that is left in peace ends"
@@ -74,21 +75,18 @@ Act = Callable[[Organisation], Any]
 
 @functools.lru_cache(maxsize=1)
 def the_module() -> Any:
+    """Load the module once in a process."""
     return load()
 
 
 class Run:
-    """What one run has left."""
+    """What one run has left: out, err, report_path, report, requests, and rows of the savepoint by
+    the duplicate's id."""
 
-    def __init__(self) -> None:
-        self.code: int | None = None  # None: it was killed
-        self.killed = False
-        self.out = self.err = ""
-        self.refusal = ""  # why it did nothing
-        self.report_path = Path()
-        self.report: dict[str, Any] = {}
-        self.rows: dict[str, dict[str, Any]] = {}  # by the duplicate's id
-        self.requests: list[Request] = []
+    code: int | None = None  # None: it was killed
+    killed = False
+    refusal = ""  # why it did nothing
+    report: dict[str, Any] = {}
 
     @property
     def codes(self) -> dict[str, str]:
@@ -102,18 +100,14 @@ class Run:
 
 
 class Stage:
-    """One machine, one organisation, and the runs between them. Whoever derives from it says what befalls them."""
+    """One machine, one organisation, and the runs between them; what befalls them comes later."""
 
     def __init__(self, module: Any, organisation: Organisation, **switches: Any) -> None:
-        self.module, self.organisation, self.clock = module, organisation, Clock()
-        clock = self.clock
-        self.world = clock.fake_devrev = World(
-            organisation,
-            lambda: clock.now,
-            lambda: EPOCH + clock.now,
-            on_request=self.on_request,
-            **switches,
-        )
+        self.module, self.organisation = module, organisation
+        self.clock = clock = Clock()
+        times = (lambda: clock.now, lambda: EPOCH + clock.now)
+        self.world = World(organisation, *times, on_request=self.on_request, **switches)
+        clock.fake_devrev = self.world
         self.checker = InvariantChecker(self.world, clock)
         self.rows: dict[Ids, dict[str, Any]] = {}  # of the savepoint, after the last run
         self.undos: list[str] = []  # what was undone, or begun to be
@@ -127,12 +121,6 @@ class Stage:
             self.events.append(f"{self.clock.now:12.3f}  {what}")
 
     # ----- to be defined, or added to -------------------------------------------------------------
-
-    def make_settings(self, workers: int) -> Any:
-        raise NotImplementedError
-
-    def network_faults(self, endpoint: str) -> NetworkFaults:
-        raise NotImplementedError
 
     def make_process(self, seed: int = 1) -> SimulatedProcess:
         process = SimulatedProcess(self.module, self.clock, self.world, seed)
@@ -253,14 +241,12 @@ class Stage:
                 return bool(last)
             self.write_csv(rows)
             run = self.play_run(["--csv", "contacts.csv", "--yes", "--quiet", *self.manner()])
-            last_run = str(self.checker.reports.last.get("run"))
-            forbidden = run.code == 2 and ("403" in run.refusal or "403" in last_run)
-            if run.code not in (0, 1, 3) and not forbidden:
+            forbidden = "403" in run.refusal or "403" in str(self.checker.reports.last.get("run"))
+            if run.code not in ((0, 1, 2, 3) if forbidden else (0, 1, 3)):
                 what = f"a run ends with exit code {run.code}: {run.refusal}"
                 raise InvariantBroken(ALL_ENDS, what)
             self.clock.advance(400.0)
-            before = last
-            last = self.checker.reports.standing(self.rows)
+            before, last = last, self.checker.reports.standing(self.rows)
             if run.code == 0 or last == before:  # the next run would do the same again
                 break
         return True
@@ -322,17 +308,12 @@ def records(path: Any) -> list[dict[str, str]]:
 class NetworkRule:
     """What the network does to some requests of an endpoint: see NetworkFaults."""
 
-    def __init__(
-        self, endpoint: str, kind: str = "", seconds: float = 0.0, skip: int = 0, times: int = 1
-    ) -> None:
-        self.endpoint, self.kind, self.seconds = endpoint, kind, seconds
-        self.skip, self.times = skip, times
+    def __init__(self, endpoint: str, skip: int = 0, times: int = 1, **faults: Any) -> None:
+        self.endpoint, self.skip, self.times, self.faults = endpoint, skip, times, faults
 
 
 class Scene(Stage):
     """A script; the module's docstring says how to write one."""
-
-    LATENCY = 0.05
 
     def __init__(self) -> None:
         super().__init__(the_module(), Organisation())
@@ -365,7 +346,7 @@ class Scene(Stage):
     def export(
         self, changes: Mapping[str, Mapping[str, Any]] = {}, leave_out: Iterable[str] = ()
     ) -> None:
-        """Write contacts.csv; `changes`: fields of a Row (email, ref, tickets, created) by contact."""
+        """Write contacts.csv; `changes`: fields of a Row by contact."""
         rows = [row for row in self.export_rows() if row.id not in set(leave_out)]
         self.write_csv(row._replace(**changes.get(row.id, {})) for row in rows)
 
@@ -407,14 +388,14 @@ class Scene(Stage):
         return self.fault(kind, endpoint, detail=(status, content), **more)
 
     def lose_request(self, endpoint: str, **more: int) -> None:
-        self._network.append(NetworkRule(endpoint, "lost", **more))
+        self._network.append(NetworkRule(endpoint, kind="lost", **more))
 
     def lose_answer(self, endpoint: str, **more: int) -> None:
-        self._network.append(NetworkRule(endpoint, "unheard", **more))
+        self._network.append(NetworkRule(endpoint, kind="unheard", **more))
 
     def delay(self, endpoint: str, seconds: float, **more: int) -> None:
         """Let the answer take so many seconds."""
-        self._network.append(NetworkRule(endpoint, seconds=seconds, **more))
+        self._network.append(NetworkRule(endpoint, back=seconds, **more))
 
     def network_faults(self, endpoint: str) -> NetworkFaults:
         for rule in self._network:
@@ -424,18 +405,16 @@ class Scene(Stage):
                 rule.skip -= 1
                 continue
             rule.times -= 1
-            return NetworkFaults(self.LATENCY, self.LATENCY + rule.seconds, rule.kind)
-        return NetworkFaults(self.LATENCY, self.LATENCY)
+            return NetworkFaults()._replace(**rule.faults)
+        return NetworkFaults()
 
     def kill(self, step: str, n: int = 1) -> None:
         """Kill the next run at its n-th step whose name holds these words: "sending …",
-        "hearing of …", "before the commit of savepoint.db", "in the middle of …", "after writing
-        manifest.json", "naming …"."""
+        "before the commit of savepoint.db", "in the middle of …", "after writing …"."""
         self._kill = [Nth(step, n)]
 
     def fill_disk(self, write: str, n: int) -> None:
-        """In the next run the disk is full from the n-th write on whose name holds these words, for
-        such writes: "commit of savepoint.db", "writing manifest.json", "naming merge_report"."""
+        """In the next run the disk is full from the n-th such write on, for such writes."""
         self._full = Nth(write, n)
 
     def ctrl_c(self, _organisation: Any = None) -> None:
@@ -551,7 +530,7 @@ class Scene(Stage):
         return {one["id"] for table in tables for one in table.find([("anyone", [contact])])}
 
     def merged(self, *pairs: Ids) -> bool:
-        """Return whether exactly these merges were carried out, and each user_ reference is on its primary."""
+        """Return whether exactly these were merged, and each user_ reference is on its primary."""
         references = [str(self.reference(primary)) for primary, _ in pairs]
         done = sorted(self.organisation.merges) == sorted(pairs)
         return done and all(one.startswith("user_") for one in references)

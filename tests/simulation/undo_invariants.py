@@ -108,7 +108,7 @@ class UndoChecker:
         return any(not self.checker.latest[ids]["undo"]["contact"] for ids in self.open())
 
     def lacks_reference(self, ids: Ids) -> bool:
-        """Whether the undo of a pair has left its reference on no contact, and has to be finished."""
+        """Whether an undo has left its reference on no contact, and has to be finished."""
         row = self.checker.latest[ids]
         is_held = row["new_ref"] and holders(self.organisation, row["new_ref"])
         return row["state"] == "undoing" and not is_held
@@ -173,7 +173,7 @@ class UndoChecker:
         return found
 
     def _may_create(self, ids: Ids) -> bool:
-        """Return whether both files know who was there before; one of them is enough to finish what has begun."""
+        """Return whether both files know who was there before; one is enough to finish it."""
         noted = [one["contacts_before"] is not None for one in self._saved(ids)]
         finishes = self.checker.full_now and self.lacks_reference(ids)
         return noted == [True, True] or (finishes and True in noted)

@@ -57,7 +57,7 @@ WAIVED: set = set()  # the invariants that a scripted scene does without
 
 
 def broken(invariant: str, what: str) -> None:
-    """Say that an invariant is broken. Raises InvariantBroken, unless a script has turned it off."""
+    """Raise InvariantBroken, unless a script has turned this one off."""
     if invariant not in WAIVED:
         raise InvariantBroken(invariant, what)
 
@@ -119,7 +119,7 @@ class Clock:
 
 
 class Loop(asyncio.BaseEventLoop):
-    """An event loop that jumps to the next event: a timer of its own, or something that DevRev does."""
+    """An event loop that jumps to the next event: a timer of its own, or an act of DevRev's."""
 
     LONGEST_SILENCE = 6 * 3600.0  # seconds without a request
     MOST_ROUNDS = 50_000  # without a request
@@ -197,10 +197,10 @@ def bury(loop: Loop) -> None:
 
 
 class NetworkFaults(NamedTuple):
-    """What the network does to one request."""
+    """What the network does to a request."""
 
-    there: float  # seconds until it arrives
-    back: float
+    there: float = 0.05  # seconds until it arrives
+    back: float = 0.05
     kind: str = ""  # "refused" (no connection), "lost", "unheard" (no answer), "late", "twice"
 
 
@@ -236,7 +236,7 @@ class SimulatedProcess:
         self.module, self.clock, self.fake_devrev = module, clock, its_devrev
         self.settings: Any = None
         self.random = random.Random(seed)
-        self.network_faults: Callable[[str], NetworkFaults] = lambda _: NetworkFaults(0.05, 0.05)
+        self.network_faults: Callable[[str], NetworkFaults] = lambda _: NetworkFaults()
         self.observer: Any = None
         self.trace: Callable[[str], None] = lambda _what: None
         self.kill_at: Optional[int] = None  # step
@@ -301,7 +301,7 @@ class SimulatedProcess:
 
 
 class Connection(sqlite3.Connection):
-    """A connection to one of the savepoint's two files: each COMMIT is a step; nothing is flushed."""
+    """A connection to a file of the savepoint: each COMMIT is a step; nothing is flushed."""
 
     process: SimulatedProcess
     path: Path
@@ -358,7 +358,8 @@ class Connection(sqlite3.Connection):
 
 
 ROW = (
-    "primary_id", "duplicate_id", "organisation", "email", "state", "new_ref", "run", "revision", "document",
+    "primary_id", "duplicate_id", "organisation", "email", "state", "new_ref", "run", "revision",
+    "document",
 )  # fmt: skip
 
 
