@@ -375,8 +375,7 @@ class InvariantChecker:
         now = self.clock.steady
         self.sent_at = [at for at in self.sent_at if now - at < period - JITTER] + [now]
         if calls and len(self.sent_at) > 2 * calls:
-            what = f"{len(self.sent_at)} requests in {period:g} s, of {calls}"
-            broken("the client-side rate limit holds", what)
+            broken("the client-side rate limit holds", f"{len(self.sent_at)} in {period:g} s")
 
     # ----- a merge request ------------------------------------------------------------------------
 
@@ -437,8 +436,7 @@ class InvariantChecker:
         known = {primary for primary, _ in self.expected}
         fresh = [size for primary, size in sizes.items() if primary not in known]
         if limit and ids in self.tried and sum(fresh) >= limit and set(fresh) == {1}:
-            what = f"{name_of(ids)} failed before, and {sum(fresh)} pairs were never tried"
-            broken("what was never tried comes first", what)
+            broken("what was never tried comes first", f"{name_of(ids)} failed before")
 
     def _judge_turn(self, ids: Ids) -> None:
         """Until one merge is confirmed they go one by one, and the pairs of a group always do."""
@@ -452,33 +450,25 @@ class InvariantChecker:
             for other, row in self.latest.items()
             if row["run"] == self.run_id() and row["state"] in ("merged", "proving", *ENDED)
         }
-        is_confirmed = any(other in mine or other in self.intended for other in merged)
-        # Else a poll may have confirmed what was contradicted since.
-        if not is_confirmed and not self.lies:
-            for other, last in mine.items():
-                row = self.latest[other]
-                waiting = row["state"] in ("requested", "acknowledged") and not row["code"]
-                if waiting and last.answer != "refused" and self.organisation.alive(other[1]):
-                    what = f"{name_of(ids)}, and {name_of(other)} is not confirmed"
-                    broken("the first merge of a run goes alone until it is confirmed", what)
-            failed = {one for one in mine if self.latest[one]["code"] == "merge_not_confirmed"}
-            fresh = failed - self.tried - self.intended
-            if len(fresh) >= 5 and ids not in self.tried:
-                what = f"{name_of(ids)}, after {len(fresh)} merges that were not confirmed"
-                broken("five failures in a row stop a run", what)
+        # A poll may have confirmed what was contradicted since.
+        is_confirmed = self.lies or not merged.keys().isdisjoint({*mine, *self.intended})
         # A merge without a reference has nothing to set: it confirms the run alone.
-        is_confirmed = any(not reference for reference in merged.values())
-        for other in () if self.takes_updates or is_confirmed or self.lies else mine:
-            row = self.latest[other]
-            if row["state"] == "merged" and row["new_ref"] and not row["code"]:
-                what = f"{name_of(ids)}, and the reference of {name_of(other)} is not set"
-                broken("no more merges before the first reference is set", what)
+        takes_updates = self.lies or self.takes_updates or not all(merged.values())
         for other, last in mine.items():
+            row, what = self.latest[other], f"{name_of(ids)} after {name_of(other)}"
+            given_up = row["code"] or last.answer == "refused"
+            is_waiting = row["state"] in ("requested", "acknowledged") and not given_up
+            if is_waiting and not is_confirmed and self.organisation.alive(other[1]):
+                broken("the first merge of a run goes alone until it is confirmed", what)
+            if row["state"] == "merged" and row["new_ref"] and not (row["code"] or takes_updates):
+                broken("no more merges before the first reference is set", what)
             there = all(self.organisation.alive(one) for one in other) and not self.lies
-            given_up = self.latest[other]["code"] or last.answer == "refused"
             if other[0] == ids[0] and there and not given_up:
-                what = f"{name_of(ids)} before {name_of(other)} is merged"
                 broken("the pairs of a group go one after the other", what)
+        failed = {one for one in mine if self.latest[one]["code"] == "merge_not_confirmed"}
+        fresh = failed - self.tried - self.intended
+        if len(fresh) >= 5 and not is_confirmed and ids not in self.tried:
+            broken("five failures in a row stop a run", f"{name_of(ids)} after {len(fresh)}")
 
     def _judge_freshness(self, ids: Ids) -> None:
         """What the run was told is fresh, whether anything has changed or not."""
@@ -514,10 +504,7 @@ class InvariantChecker:
                 if email_key(str(one.get("email") or "")) in emails
             ]
             if not good:
-                now = self.organisation.contacts.get(contact) or {}
-                fields = [str(now.get(name)) for name in ("state", "email", "external_ref")]
-                what = f"{short(contact)} has been another for {FRESH:g} s: {', '.join(fields)}"
-                broken(FRESHNESS, what)
+                broken(FRESHNESS, f"{short(contact)} has been another for {FRESH:g} s")
             orgs.append({org_id_of(one) for one in good})
         if not (orgs[0] & orgs[1] or self.options.across_workspaces or None in orgs[0] | orgs[1]):
             broken(FRESHNESS, f"{name_of(ids)} are of different rev orgs")
@@ -558,8 +545,7 @@ class InvariantChecker:
             if new:
                 broken("a chosen group is as the choice has seen it", f"{len(new)} have joined")
         elif len(listed) > most_contacts(wanted.primary.key) or users:
-            what = f"{wanted.primary.key} has {len(listed)} contacts, {len(users)} of them new"
-            broken("a shared mailbox is not merged without a choice", what)
+            broken("a shared mailbox is not merged without a choice", f"{len(listed)} contacts")
 
     def _judge_backup(self, ids: Ids, folder: Path) -> None:
         try:
@@ -624,8 +610,7 @@ class InvariantChecker:
             least = sum(not entry.get("body", "").startswith("later") for entry in there)
             is_whole = saved == truth[: len(saved)] and len(saved) >= least
             if object_id not in timelines or not is_whole:
-                what = f"of {len(truth)} comments on {short(object_id)} it holds {len(saved)}"
-                broken(BACKED_UP, what)
+                broken(BACKED_UP, f"{len(saved)} of {len(truth)} comments on {short(object_id)}")
 
     def _judge_count(self, ids: Ids, contact: str, count: int) -> None:
         known = [row for one in self.known[ids] for row in (one.primary, one.duplicate)]
@@ -635,7 +620,7 @@ class InvariantChecker:
         has_grown = contact == ids[0] and contact in merged
         at_least = has_grown or self.options.count_policy == "at-least"
         if count not in counts and not (at_least and count > min(counts)):
-            what = f"the backup of {short(contact)} counts {count}, the export {sorted(counts)}"
+            what = f"{count} of {short(contact)}, the export has {sorted(counts)}"
             broken("a count that does not match refuses the group", what)
 
     def _judge_patience(self, ids: Ids, last: Ask, backup: str) -> None:
@@ -667,8 +652,9 @@ class InvariantChecker:
         now, reset = quota._turn()
         left = quota.limit - quota._used - process.travelling
         if reset - now > 3 and quota._used and left < min(needed, quota.limit):
-            what = f"{left} of {quota.limit} units left at the request for {name_of(ids)}"
-            broken("a merge request leaves only where the quota has room to finish the pair", what)
+            broken(
+                "a merge leaves only where the quota has room to finish it", f"{left} units left"
+            )
 
     # ----- an update of a primary -----------------------------------------------------------------
 
@@ -734,7 +720,7 @@ class InvariantChecker:
         self.moving.add(ids)
         gap, most = self.clock.now - merged, 1.0 + 0.1 * self.fake_devrev.merge_delay + 6 * slowest
         if gap > most:
-            what = f"{gap:.1f} s from the merge of {name_of(ids)} to its reference"
+            what = f"{gap:.1f} s, {name_of(ids)}"
             broken("between DevRev's merge and the new reference nothing waits", what)
 
     # ----- a run ends -----------------------------------------------------------------------------

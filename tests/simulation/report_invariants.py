@@ -83,8 +83,7 @@ class ReportChecker:
             return
         undone_in_vain = ids in self.checker.undo.begun and len(names) == 1
         if names != [f"merge_report_{row['run']}.json"] and not undone_in_vain:
-            what = f"{name_of(ids)} became {row['state']} in {row['run']}, and is in {names}"
-            broken(ONCE, what)
+            broken(ONCE, f"{name_of(ids)} became {row['state']}, and is in {names}")
 
     def _judge_code(
         self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]

@@ -121,8 +121,7 @@ class UndoChecker:
             broken("a merge run changes contacts alone", sent.endpoint)
         if self.active and sent.endpoint in WRITES:
             if self.in_flight:
-                what = f"{sent.endpoint} leaves before the answer to {self.in_flight[0].endpoint}"
-                broken("an undo writes one object after the other", what)
+                broken("an undo writes one object after the other", sent.endpoint)
             self.in_flight.append(sent)
         if sent.endpoint == "rev-users.create":
             self._judge_create(sent)
@@ -139,8 +138,7 @@ class UndoChecker:
     def judge_merge(self, ids: Ids) -> None:
         for other in self.open():
             if set(other) & set(ids):
-                what = f"{name_of(ids)}, and the undo of {short(other[1])} is not finished"
-                broken("a merge run refuses a group whose undo is not finished", what)
+                broken("a merge run refuses a group whose undo is not finished", name_of(ids))
 
     def _saved(self, ids: Ids) -> List[Mapping[str, Any]]:
         """Return the undo of a pair as each of the two files has it."""
@@ -193,8 +191,7 @@ class UndoChecker:
         if not any(one and one.get("external_ref") in {None, *allowed} for one in been):
             broken(LOST, f"the reference of {short(primary)} becomes {sent.body['external_ref']}")
         if sent.body["external_ref"] not in allowed:
-            what = f"{sent.body['external_ref']} to {short(primary)}"
-            broken("an undo restores references", what)
+            broken("an undo restores references", f"{sent.body['external_ref']} is new")
 
     def _judge_fields(self, sent: Sent, mine: List[Ids]) -> None:
         """An undo takes back what the merge has added, and nothing that others have set since."""
@@ -298,8 +295,7 @@ class UndoChecker:
             for entry in report[title]:
                 ids = entry["primary"]["id"], entry["duplicate"]["id"]
                 if ids in rows and rows[ids]["state"] != state:
-                    what = f"{short(ids[1])} is {rows[ids]['state']}, not {state}"
-                    broken("a report says what is true", what)
+                    broken("a report says what is true", f"{name_of(ids)} is not {state}")
         bad = len(report["failed"]) + len(report["unfinished"])
         if code in (0, 1) and (code == 0) != (bad == 0):
             broken("the exit code says how it went", f"{code}, and {bad} failed or unfinished")
@@ -311,8 +307,7 @@ class UndoChecker:
         for ids in self.open():
             for one in self.checker.known[ids]:
                 if one.new_ref and not holders(self.organisation, one.duplicate.ref):
-                    what = f"{one.new_ref} of {name_of(ids)}"
-                    broken("an interruption leaves no reference on no contact", what)
+                    broken("an interruption leaves no reference on no contact", one.new_ref)
 
     def _judge_undone(self, ids: Ids, row: Mapping[str, Any]) -> None:
         undo = row["undo"]
