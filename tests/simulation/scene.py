@@ -123,10 +123,7 @@ class Stage:
     # ----- to be defined, or added to -------------------------------------------------------------
 
     def make_process(self, seed: int = 1) -> SimulatedProcess:
-        process = SimulatedProcess(self.module, self.clock, self.world, seed)
-        process.network_faults, process.observer = self.network_faults, self.checker
-        process.trace = self.trace
-        return process
+        return SimulatedProcess(self, seed)
 
     def on_request(self, stage: str, request: Request) -> None:
         """DevRev carries a request out: `before` and `after`."""
@@ -169,9 +166,8 @@ class Stage:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             options = module.parse_options(list(argv))
-        settings = self.make_settings(options.workers)
-        environment = environment_of(process, settings)
-        stage = self
+        process.settings = settings = self.make_settings(options.workers)
+        environment, stage = environment_of(process), self
 
         class Simulated(module.RunContext):
             TICK = 3600.0

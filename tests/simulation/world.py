@@ -205,7 +205,7 @@ class NetworkFaults(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A request of this run, as the invariants see it."""
+    """A request, as the invariants see it."""
 
     endpoint: str
     body: Dict[str, Any]
@@ -224,21 +224,20 @@ class Nth:
 
 
 class SimulatedProcess:
-    """The process of one run: it takes steps, and may be killed at any of them.
+    """The process of a run on a stage: it takes steps, and may be killed at any of them.
 
-    `observer` is told `asked(sent)` before a request leaves, `answered(sent, answer)` as an answer
-    is handed over, and `wrote(connection)` after each commit.
+    The stage's checker is told `asked(sent)` before a request leaves, `answered(sent, answer)` as
+    an answer is handed over, and `wrote(file, rows)` after each commit.
     """
 
     MOST_IDLE = 3000  # requests without a durable write
 
-    def __init__(self, module: Any, clock: Clock, its_devrev: World, seed: int) -> None:
-        self.module, self.clock, self.fake_devrev = module, clock, its_devrev
+    def __init__(self, stage: Any, seed: int) -> None:
+        self.module, self.clock, self.fake_devrev = stage.module, stage.clock, stage.world
+        self.observer, self.trace = stage.checker, stage.trace
+        self.network_faults: Callable[[str], NetworkFaults] = stage.network_faults
         self.settings: Any = None
         self.random = random.Random(seed)
-        self.network_faults: Callable[[str], NetworkFaults] = lambda _: NetworkFaults()
-        self.observer: Any = None
-        self.trace: Callable[[str], None] = lambda _what: None
         self.kill_at: Optional[int] = None  # step
         # So many steps after the n-th merge request:
         self.kill_after_merge: Optional[Tuple[int, int]] = None
@@ -285,7 +284,7 @@ class SimulatedProcess:
             if not self.full_for:
                 self.full_at = None
             self.trace(f"the disk is full: {what}")
-            self.observer.disk_was_full = self.observer.full_now = True
+            self.observer.full_now = True
             raise OSError(28, "No space left on device")
         self.steps += 1
         return self.steps == self.kill_at or self._is_meant(f"in the middle of {what}")
@@ -376,13 +375,13 @@ def short(don: str) -> str:
     return prefixes.get(kind, kind) + key
 
 
-def environment_of(process: SimulatedProcess, settings: Any) -> Any:
+def environment_of(process: SimulatedProcess) -> Any:
     """Make an Environment of the module that is the simulated process."""
-    module, process.settings = process.module, settings
+    module = process.module
 
     class Simulated(module.Environment):
         def __init__(self) -> None:
-            super().__init__(settings)
+            super().__init__(process.settings)
             self.random = process.random
             self.loop: Optional[Loop] = None
 
@@ -552,20 +551,18 @@ def describe(body: Mapping[str, Any]) -> str:
 
 def words(value: Any) -> str:
     if isinstance(value, list):
-        return ",".join(map(words, value[:4])) + (f"+{len(value) - 4}" if len(value) > 4 else "")
+        return ",".join(map(words, value))
     text = str(value)
     return short(text) if text.startswith("don:") else text[:40]
 
 
 def told(data: Optional[Mapping[str, Any]]) -> str:
     """Describe an answer in a few words."""
-    if not data:
-        return ""
-    for name, value in data.items():
+    for name, value in (data or {}).items():
         if isinstance(value, list):
-            ids = (short(str(item.get("id"))) for item in value[:8] if isinstance(item, dict))
-            return f"{len(value)} {name}: " + ",".join(ids)
+            ids = [short(str(item.get("id"))) for item in value if isinstance(item, dict)]
+            return f"{len(value)} {name}: {','.join(ids)}"
         if isinstance(value, dict):
             shown = [short(str(value.get("id"))), value.get("state"), value.get("external_ref")]
             return " ".join(str(one) for one in shown if one)
-    return str(data.get("message", ""))[:80]
+    return str((data or {}).get("message", ""))[:80]
