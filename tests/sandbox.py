@@ -1,7 +1,7 @@
 """A DevRev organisation on loopback that speaks real HTTP.
 
 Merging contacts cannot be undone, so nothing here ever talks to DevRev. The sandbox answers the
-same requests on 127.0.0.1: `tests.fake.organisation` says what, with its misbehaviour and its books.
+same requests on 127.0.0.1; `tests.fake.world` says how, with its misbehaviour and its books.
 
     python -m tests.sandbox                      export a sample, merge it, and show what happened
     python -m tests.sandbox serve --port 8123    stay up, to practise with a new organisation
@@ -42,13 +42,17 @@ from tests.fake.world import SWITCHES
 __all__ = ["Fault", "Organisation", "Request", "Sandbox"]  # what tests use
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = REPOSITORY / "tests" / "data" / "contacts.csv"
-COLUMNS = (
-    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "TICKET_COUNT", "CREATED_AT", "UPDATED_AT",
-)  # fmt: skip
-FACTS = (
-    "id", "display_name", "email", "external_ref", "full_name", "tickets", "created_date", "modified_date"
-)  # fmt: skip
-
+PRACTICE = Path("practice.csv")
+COLUMNS = {
+    "REV_USER_ID": "id",
+    "DISPLAY_NAME": "display_name",
+    "EMAIL": "email",
+    "EXTERNAL_REF": "external_ref",
+    "FULL_NAME": "full_name",
+    "TICKET_COUNT": "tickets",
+    "CREATED_AT": "created_date",
+    "UPDATED_AT": "modified_date",
+}
 
 # -- serve -----------------------------------------------------------------------------------------
 
@@ -64,15 +68,14 @@ def fault_option(text: str) -> Fault:
 
 
 def switch_option(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE`, e.g. `verified_shown=shown`; a value that is JSON (a number, true, a list) is taken as that."""
+    """`NAME=VALUE`; a value that is JSON (a number, true, a list) is taken as that."""
     name, _, value = text.partition("=")
     if name not in SWITCHES:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(sorted(SWITCHES))}")
-    choices = Sandbox.CHOICES.get(name, ())
-    try:
-        return name, value if value in choices else json.loads(value)
-    except ValueError:
-        return name, value
+    if value not in Sandbox.CHOICES.get(name, ()):
+        with contextlib.suppress(ValueError):
+            return name, json.loads(value)
+    return name, value
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,12 +83,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.sandbox",
         description="A DevRev organisation on loopback: nothing ever leaves this computer.",
-        epilog="Without a command, runs the demo: exports a sample organisation, merges it, and checks the result.",
+        epilog="Without a command, runs the demo.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
-        "demo", help="export a sample, merge it, and show what happened (the default)"
-    )
+    commands.add_parser("demo", help="export a sample, merge it, and show what happened")
     serve_parser = commands.add_parser(
         "serve",
         help="stay up until Ctrl-C, to practise by hand",
@@ -94,22 +95,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     option = serve_parser.add_argument
     option("--port", type=int, default=0, metavar="N", help="default: any free port")
-    option(
-        "--set",
-        type=switch_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="behave in another way, e.g. merge_delay=20 (may be repeated; tests/fake/world.py has all)",
-    )
-    option(
-        "--fault",
-        type=fault_option,
-        action="append",
-        default=[],
-        metavar="KIND[:ENDPOINT[:CHANCE]]",
-        help="misbehave, e.g. 503:works.*:0.2 (may be repeated; the kinds are listed below)",
-    )
+    several = {"action": "append", "default": []}
+    help_text = "behave in another way, e.g. merge_delay=20 (tests/fake/world.py has them all)"
+    option("--set", type=switch_option, metavar="NAME=VALUE", help=help_text, **several)
+    form, help_text = "KIND[:ENDPOINT[:CHANCE]]", "misbehave, e.g. 503:works.*:0.2"
+    option("--fault", type=fault_option, metavar=form, help=help_text, **several)
     return parser.parse_args(argv)
 
 
@@ -125,7 +115,7 @@ def serve(options: argparse.Namespace) -> int:
         organisation = organisation_of(SAMPLE, "PRACTICE" + secrets.token_hex(3).upper())
         settings = {"port": options.port, "quota": (1000, 60.0), **dict(options.set)}
         sandbox = Sandbox(organisation, faults=options.fault, **settings)
-        Practice(sandbox).prepare()
+        prepare(sandbox)
         with sandbox:
             introduce(sandbox)
             with contextlib.suppress(KeyboardInterrupt):
@@ -137,59 +127,25 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-class Practice:
-    """What there is to learn from: an export of some hours ago, after which DevRev has changed."""
-
-    CSV = Path("practice.csv")
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self.sandbox = sandbox
-        self.organisation = sandbox.organisation
-
-    def prepare(self) -> None:
-        """Write the export; then let one contact be locked and one change its email, and a ticket stay behind."""
-        self._write_export()
-        pairs = self._pairs()
-        if len(pairs) >= 3:
-            refused, stale, left_behind = pairs[:3]
-            self.organisation.change(self.organisation.contacts[refused], state="locked")
-            self.organisation.change(
-                self.organisation.contacts[stale], email="new.address@example.com"
-            )
-            match = lambda body: body.get("secondary_user") == left_behind  # noqa: E731
-            ticket = self._works(left_behind)[0]["id"]
-            self.sandbox.faults.append(Fault("merge-leaves", match=match, detail=[ticket]))
-        self.sandbox.pages["/"] = lambda: page(self.organisation)
-
-    def _pairs(self) -> list[str]:
-        """Return the `user_` contact of each address that has one REVU- contact besides, most tickets first."""
-        groups = defaultdict(list)
-        for contact in self.organisation.contacts.values():
-            groups[contact["email"]].append(contact["id"])
-        found = []
-        for members in groups.values():
-            users = [one for one in members if is_user(self._reference(one))]
-            if len(users) == 1 and len(members) == 2 and self._works(users[0]):
-                found.append(users[0])
-        return sorted(found, key=lambda one: (-len(self._works(one)), one))
-
-    def _reference(self, contact: str) -> str:
-        return str(self.organisation.contacts[contact]["external_ref"])
-
-    def _works(self, contact: str) -> list[Any]:
-        """Return what a contact owns or has reported: that is what a merge has to move."""
-        roles = ("owned_by", "reported_by")
-        return [one for role in roles for one in self.organisation.works.find([(role, [contact])])]
-
-    def _write_export(self) -> None:
-        with open(self.CSV, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for one in self.organisation.contacts.values():
-                find = self.organisation.works.find
-                tickets = max(len(find([(role, [one["id"]])])) for role in ROLES)
-                facts = {**one, "tickets": tickets}
-                writer.writerow(facts.get(name, "") for name in FACTS)
+def prepare(sandbox: Sandbox) -> None:
+    """Write an export; then lock a contact, change an email, and let a ticket stay behind."""
+    organisation = sandbox.organisation
+    with open(PRACTICE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for one in organisation.contacts.values():
+            works = [organisation.works.find([(role, [one["id"]])]) for role in ROLES]
+            facts = {**one, "tickets": max(map(len, works))}
+            writer.writerow({name: facts.get(field, "") for name, field in COLUMNS.items()})
+    refused, stale, left_behind = (
+        organisation.don("identity", "revu", key) for key in ("A116", "A114", "A112")
+    )
+    organisation.change(organisation.contacts[refused], state="locked")
+    organisation.change(organisation.contacts[stale], email="new.address@example.com")
+    ticket = organisation.works.find([("reported_by", [left_behind])])[0]["id"]
+    match = lambda body: body.get("secondary_user") == left_behind  # noqa: E731
+    sandbox.faults.append(Fault("merge-leaves", match=match, detail=[ticket]))
+    sandbox.pages["/"] = lambda: page(organisation)
 
 
 STYLE = (
@@ -197,38 +153,39 @@ STYLE = (
     "table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;"
     "padding:.3em .6em;border-bottom:1px solid #ccc}.gone{color:#888}"
 )
+HEAD = ("Email", "Contact", "Name", "External reference", "State", "Tickets, conversations")
 
 
 def page(organisation: Organisation) -> str:
     """Show the contacts of an organisation and their tickets as they are now, as HTML."""
     rows = []
-    contacts = sorted(organisation.contacts.values(), key=lambda one: (one["email"], one["id"]))
     with organisation.lock:
-        for one in contacts:
+        contacts = organisation.contacts.values()
+        for one in sorted(contacts, key=lambda one: (one["email"], one["id"])):
             merged = one["id"] in organisation.merged_into
-            state = one["state"]
+            state, reference = one["state"], one.get("external_ref", "")
             if merged:
-                survivor = organisation.contacts.get(organisation.survivor(one["id"]))
-                state = f"merged into {survivor['display_id']}" if survivor else "merged"
-            things = [
-                *organisation.works.find([("anyone", [one["id"]])]),
-                *organisation.conversations.find([("members", [one["id"]])]),
-            ]
-            titles = [f"{thing['display_id']} {thing['title']}" for thing in things]
-            reference = "" if merged else one.get("external_ref", "")
-            cells = (one["email"], one["display_id"], one["display_name"], reference, state)
-            texts = [html.escape(str(cell)) for cell in cells]
-            texts.append("<br>".join(map(html.escape, titles)))
+                survivor = organisation.survivor(one["id"])
+                state, reference = f"merged into REVU-{survivor.rpartition('/')[2]}", ""
+            cells = [one["email"], one["display_id"], one["display_name"], reference, state]
+            things = things_of(organisation, one["id"])
+            titles = [html.escape(f"{thing['display_id']} {thing['title']}") for thing in things]
+            texts = [*map(html.escape, cells), "<br>".join(titles)]
             shade = " class=gone" if merged else ""
             rows.append(f"<tr{shade}><td>{'</td><td>'.join(texts)}</td></tr>")
-    names = ("Email", "Contact", "Name", "External reference", "State", "Tickets, conversations")
-    head = "".join(f"<th>{name}</th>" for name in names)
     title = html.escape(f"Organisation {organisation.key}")
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
         f"<style>{STYLE}</style><h1>{title}</h1><p>This page stands for DevRev: reload it to see "
-        f"what has become of the contacts.</p><table><tr>{head}</tr>{''.join(rows)}</table></html>"
+        f"what has become of the contacts.</p><table><tr><th>{'</th><th>'.join(HEAD)}</th></tr>"
+        f"{''.join(rows)}</table></html>"
     )
+
+
+def things_of(organisation: Organisation, contact: str) -> list[Any]:
+    """The works and conversations in which a contact has a role."""
+    tables = (organisation.works, organisation.conversations)
+    return [one for table in tables for one in table.find([("anyone", [contact])])]
 
 
 def introduce(sandbox: Sandbox) -> None:
@@ -244,9 +201,9 @@ def introduce(sandbox: Sandbox) -> None:
     say("PowerShell:")
     for name, value in variables:
         say(f'  $env:{name} = "{value}"')
-    say(f"\nThen merge what {Practice.CSV}, an export of some hours ago, asks for:")
-    say(f"  {typed(sys.executable)} merge_contacts.py --csv {Practice.CSV} --preview --live")
-    say(f"  {typed(sys.executable)} merge_contacts.py --csv {Practice.CSV}")
+    say(f"\nThen merge what {PRACTICE}, an export of some hours ago, asks for:")
+    say(f"  {typed(sys.executable)} merge_contacts.py --csv {PRACTICE} --preview --live")
+    say(f"  {typed(sys.executable)} merge_contacts.py --csv {PRACTICE}")
     say("One pair is refused, one changed after the export, one ticket stays behind:")
     say("read the report, look the contacts up on the page above, and settle or undo.")
     say("\nCtrl-C ends it.")
@@ -256,154 +213,114 @@ def introduce(sandbox: Sandbox) -> None:
 
 
 class Demo:
-    """Runs the real tool against the organisation of the sample and checks what it did against the truth."""
+    """Runs the real tool against the sample's organisation, and checks what it did."""
 
-    CSV = ("--csv", "contacts.csv")
-    CHOICE = ("luca.ferri@example.com", "REVU-D401")
+    CHOICE = "EMAIL,EXTERNAL_REF\nluca.ferri@example.com,REVU-D401\n"
 
     def __init__(self) -> None:
         self.organisation = organisation_of(SAMPLE)
-        self.references = {
-            contact_id: contact["external_ref"]
-            for contact_id, contact in self.organisation.contacts.items()
-        }
-        self.had = {one: self._things_of(one) for one in self.organisation.contacts}
+        contacts = self.organisation.contacts
+        self.references = {one: contacts[one]["external_ref"] for one in contacts}
+        self.had = {one: self._ids_of(one) for one in contacts}
         self.folder = Path(tempfile.mkdtemp(prefix="merge-demo-"))
         self.all_true = True
 
     def run(self) -> int:
-        """Export, preview, merge, merge again and choose; then check what the organisation and the disk hold."""
+        """Export, preview, merge, merge again, choose; then check the organisation and the disk."""
         say(f"An invented DevRev organisation on this machine. Working in {self.folder}")
+        csv_file, choices = ("--csv", "contacts.csv"), ("--choices", "choices.csv")
+        (self.folder / choices[1]).write_text(self.CHOICE, encoding="utf-8")
         with Sandbox(self.organisation) as sandbox:
-            self._step("Export: only reads", sandbox, "--export", "contacts.csv", head=1)
+            self._step("Export: only reads", sandbox, "--export", csv_file[1], head=1)
             reads = sandbox.count()
-            self._check(f"{reads} requests, all of them for lists", reads == count_lists(sandbox))
-            self._step("Preview: no request", sandbox, *self.CSV, "--preview", head=4, tail=2)
+            lists = sum(request.endpoint.endswith(".list") for request in sandbox.requests)
+            self._check(f"{reads} requests, all of them for lists", reads == lists)
+            self._step("Preview: no request", sandbox, *csv_file, "--preview", head=4, tail=2)
             self._check("no request was made", sandbox.count() == reads)
-            self._step("Merge", sandbox, *self.CSV, "--yes", head=3, tail=6)
+            self._step("Merge", sandbox, *csv_file, "--yes", head=3, tail=6)
             first = sandbox.count("rev-users.merge")
-            self._step(
-                "The same command again: nothing is merged twice",
-                sandbox,
-                *self.CSV,
-                "--yes",
-                head=1,
-            )
-            again = sandbox.count("rev-users.merge") - first
-            self._check("no merge was requested", again == 0)
-            (self.folder / "choices.csv").write_text(
-                f"EMAIL,EXTERNAL_REF\n{','.join(self.CHOICE)}\n", encoding="utf-8"
-            )
-            chosen = ("--choices", "choices.csv")
-            self._step(
-                "A skipped group, with a choice", sandbox, *self.CSV, *chosen, "--yes", head=2
-            )
+            title = "The same command again: nothing is merged twice"
+            self._step(title, sandbox, *csv_file, "--yes", head=1)
+            self._check("no merge was requested", sandbox.count("rev-users.merge") == first)
+            title = "A skipped group, with a choice"
+            self._step(title, sandbox, *csv_file, *choices, "--yes", head=2)
             requested = sandbox.count("rev-users.merge")
-            self._check("one more merge was requested", requested == first + again + 1)
+            self._check("one more merge was requested", requested == first + 1)
         say("\n--- Summary ---")
         self._check_result(requested)
-        pages = self.folder.glob("reports/*.html")
+        say("Nothing was lost." if self.all_true else "Something is NOT as it should be.")
         say("\nA report to open in a browser:")
-        say(f"  {max(pages, key=os.path.getsize)}")
+        say(f"  {max(self.folder.glob('reports/*.html'), key=os.path.getsize)}")
         say("Next: copy .env.example to .env, put your token into it, and read your own contacts:")
         say(f"  {typed(sys.executable)} merge_contacts.py --export contacts.csv")
         return 0 if self.all_true else 1
 
-    def _things_of(self, contact: str) -> set[str]:
-        """Return the works and conversations in which a contact has a role."""
-        tables = (self.organisation.works, self.organisation.conversations)
-        return {one["id"] for table in tables for one in table.find([("anyone", [contact])])}
+    def _ids_of(self, contact: str) -> set[str]:
+        return {one["id"] for one in things_of(self.organisation, contact)}
 
     def _step(self, title: str, sandbox: Sandbox, *options: str, head: int, tail: int = 0) -> None:
-        """Run the tool; show the first `head` and the last `tail` lines of its output, or all where it fails."""
+        """Run the tool; show the first and the last lines of its output, or all where it fails."""
         say(f"\n--- {title} ---")
         say("$ " + " ".join(["python", "merge_contacts.py", *options]))
-        environment = dict(os.environ, **sandbox.environment())
-        environment.update(
-            DEVREV_RATE_LIMIT_CALLS="0",
-            no_proxy="127.0.0.1",
-            PYTHONIOENCODING="utf-8",
-            COLUMNS="100",
-        )
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "merge_contacts.py"), *options],
-            cwd=str(self.folder), env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+            cwd=str(self.folder),
+            env={
+                **os.environ,
+                **sandbox.environment(),
+                "DEVREV_RATE_LIMIT_CALLS": "0",
+                "no_proxy": "127.0.0.1",
+                "PYTHONIOENCODING": "utf-8",
+                "COLUMNS": "100",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
             check=False,
-        )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line]
-        left_out = len(lines) - head - tail
+        )
         if done.returncode:
             say(done.stdout + done.stderr)
             self._check(f"exit code 0, not {done.returncode}", False)
             return
-        shown = (
-            lines[:head]
-            + [f"  [{left_out} more lines]"] * (left_out > 0)
-            + lines[max(head, len(lines) - tail) :]
-        )
-        say("\n".join(shown))
+        lines = [line for line in done.stdout.splitlines() if line]
+        if len(lines) > head + tail:
+            last = len(lines) - tail
+            lines = [*lines[:head], f"  [{last - head} more lines]", *lines[last:]]
+        say("\n".join(lines))
 
     def _check_result(self, requested: int) -> None:
-        merges = self.organisation.merges
-        self._check(
-            f"{len(merges)} contacts were merged, each with one request",
-            0 < len(merges) == requested,
-        )
+        merges, contacts = self.organisation.merges, self.organisation.contacts
+        claim = f"{len(merges)} contacts were merged, each with one request"
+        self._check(claim, 0 < len(merges) == requested)
         groups: dict[str, list[str]] = defaultdict(list)
         for primary, duplicate in merges:
-            groups[self.organisation.survivor(primary)].append(duplicate)
-        wrong = []
+            groups[primary].append(duplicate)
+        wrong, moved, lost = [], 0, 0
         for primary, duplicates in groups.items():
-            group = [primary, *duplicates]
-            users = [ref for ref in map(self.references.get, group) if is_user(ref)]
-            wanted = users or [self.references[primary]]
-            if wanted != [self.organisation.contacts[primary]["external_ref"]]:
-                wrong.append(self.organisation.contacts[primary]["display_id"])
+            references = [self.references[one] for one in (primary, *duplicates)]
+            users = [one for one in references if one.startswith("user_")]
+            if (users or references[:1]) != [contacts[primary]["external_ref"]]:
+                wrong.append(contacts[primary]["display_id"])
+            things = set().union(*(self.had[one] for one in duplicates))
+            moved += len(things)
+            lost += len(things - self._ids_of(primary))
         claim = "each primary has the reference that the application knows the person by"
         self._check(" ".join([claim, *wrong]), not wrong)
-        moved, lost = 0, 0
-        for primary, duplicates in groups.items():
-            wanted_things = set().union(*(self.had[one] for one in duplicates))
-            moved += len(wanted_things)
-            lost += len(wanted_things - self._things_of(primary))
-        claim = (
-            f"all {moved} tickets and conversations of the merged contacts are the primaries' now"
-        )
-        self._check(f"{claim}; {lost} are lost", not lost)
-        reported = sum(map(reported_merges, self.folder.glob("reports/*.json")))
+        claim = "tickets and conversations of the merged contacts are the primaries' now"
+        self._check(f"all {moved} {claim}; {lost} are lost", not lost)
+        reports = [json.loads(path.read_bytes()) for path in self.folder.glob("reports/*.json")]
+        reported = sum(report["summary"]["successful_merges"] for report in reports)
         self._check(f"the reports name all {reported} merges", reported == len(merges))
         saved = set()
-        for manifest in self.folder.glob("backups/*/*/manifest.json"):
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            saved.update(one["csv"]["id"] for one in content["contacts"])
+        for path in self.folder.glob("backups/*/*/manifest.json"):
+            saved.update(one["csv"]["id"] for one in json.loads(path.read_bytes())["contacts"])
         members = {one for pair in merges for one in pair}
         claim = f"the backups hold all {len(members)} contacts that were merged or merged into"
         self._check(f"{claim}, one folder for each of {len(groups)} addresses", members <= saved)
-        last = "Nothing was lost." if self.all_true else "Something is NOT as it should be."
-        say(last)
 
     def _check(self, claim: str, true: bool) -> None:
         self.all_true = self.all_true and true
-        say("{} {}".format("[ok]" if true else "[NO]", claim))
-
-
-def count_lists(sandbox: Sandbox) -> int:
-    """How many requests were for lists, which change nothing."""
-    return sum(request.endpoint.endswith(".list") for request in sandbox.requests)
-
-
-def is_user(reference: str | None) -> bool:
-    """Whether the reference is one of the customer's own application."""
-    return bool(reference) and str(reference).startswith("user_")
-
-
-def reported_merges(report: Path) -> int:
-    """How many merges a report claims."""
-    try:
-        summary = json.loads(report.read_text(encoding="utf-8"))["summary"]
-        return int(summary["successful_merges"])
-    except (KeyError, TypeError, ValueError):
-        return 0
+        say(f"[{'ok' if true else 'NO'}] {claim}")
 
 
 def typed(path: str) -> str:

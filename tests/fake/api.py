@@ -1,4 +1,4 @@
-"""What each endpoint does: shapes of requests, lists in pages, contacts, works, conversations and timelines."""
+"""What each endpoint does: shapes of requests, pages of lists, contacts, works, timelines."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Field(NamedTuple):
 
 JSON_TYPES = {"bool": bool, "id": str, "text": str, "enum": str, "int": int, "set": dict}
 JSON_NAMES = {
-    type(None): "null", bool: "bool", int: "number", float: "number", str: "string", list: "array", dict: "object"
+    bool: "bool", int: "number", float: "number", str: "string", list: "array", dict: "object",
+    type(None): "null",
 }  # fmt: skip
 
 TEXT = Field("text")
@@ -76,14 +77,14 @@ OF_A_CONTACT = {
 }
 VISIBILITIES = ("external", "internal", "private", "public")
 
-# The properties that the world acts on and no others: a filter that was accepted and then ignored would answer a
-# question nobody asked. Which kinds of works there are, the world says.
+# The properties that the world acts on and no others: a filter that was accepted and then ignored
+# would answer a question nobody asked. Which kinds of works there are, the world says.
 SHAPES: dict[str, dict[str, Field]] = {
     "dev-users.self": {},
     "rev-users.get": {"id": CONTACT},
     "rev-users.list": dict(
-        PAGING, email=TEXTS, external_ref=TEXTS, phone_numbers=TEXTS, rev_org=ORGS, associations=ORGS,
-        is_verified=Field("bool"),
+        PAGING, email=TEXTS, external_ref=TEXTS, phone_numbers=TEXTS, rev_org=ORGS,
+        associations=ORGS, is_verified=Field("bool"),
     ),
     "rev-users.merge": {"primary_user": CONTACT, "secondary_user": CONTACT},
     "rev-users.create": dict(OF_A_CONTACT, rev_org=ORG),
@@ -103,6 +104,7 @@ SHAPES: dict[str, dict[str, Field]] = {
     ),
 }  # fmt: skip
 CONTACT_FILTERS = ("email", "external_ref", "phone_numbers", "rev_org")
+MEMBERS = ("members",)
 NOT_PERMITTED = "value_not_permitted"
 
 
@@ -162,11 +164,6 @@ def unexpected_id(name: str, value: str) -> Refused:
     return bad("unexpected_id_type", name, problem, value=value)
 
 
-def forbidden(**more: Any) -> Refused:
-    """403, which may name objects."""
-    return Refused(403, "The token may not do that.", **more)
-
-
 def not_found(object_id: str) -> Refused:
     """404: there is no such object, or there is none any more."""
     return Refused(404, f"{object_id} was not found")
@@ -210,13 +207,9 @@ class Api:
             "works.list": self._list_works,
             "works.get": lambda body: {"work": existing(body["id"], works)},
             "works.update": self._update_work,
-            "conversations.list": lambda body: self._list(
-                "conversations", talks, body, ["members"]
-            ),
+            "conversations.list": lambda body: self._list("conversations", talks, body, MEMBERS),
             "conversations.get": lambda body: {"conversation": existing(body["id"], talks)},
-            "conversations.update": lambda body: {
-                "conversation": self._changed(existing(body["id"], talks), body)
-            },
+            "conversations.update": self._update_conversation,
             "timeline-entries.list": self._list_entries,
         }
         self._endpoint = ""
@@ -249,15 +242,15 @@ class Api:
         asked = body.get("type")
         if isinstance(asked, list) and any(kind not in known for kind in asked):
             if world.unknown_kinds_answer == "403":
-                raise forbidden()
+                raise self._forbidden()
             if world.unknown_kinds_answer == "400-bare":
                 raise Refused(400, "Bad request.")
         return {**shape, "type": shape["type"]._replace(allowed=known)}
 
-    # ----- what the token may not see, and pages ---------------------------------------------------
+    # ----- what the token may not see, and pages --------------------------------------------------
 
     def _check_restricted(self, body: Thing) -> None:
-        """Refuse a request that names what the token may not see, or may not see the timeline of, or change."""
+        """Refuse a request that names what the token may not see, or not change."""
         world = self.world
         objects = [body[name] for name in ("id", "object") if name in body]
         named = objects + [body[n] for n in ("primary_user", "secondary_user") if n in body]
@@ -268,19 +261,18 @@ class Api:
             hidden.update(world.restricted_timelines)
         if self._endpoint.endswith((".update", ".merge")):
             hidden.update(world.restricted_writes)
-        self._forbid([one for one in named if one in hidden])
+        refused = [one for one in named if one in hidden]
+        if refused:
+            raise self._forbidden(refused)
         kinds = {kind_of(one) for one in objects} | {self._endpoint.partition(".")[0].rstrip("s")}
         if kinds.intersection(world.hidden_kinds):
             raise self._forbidden(objects)
 
-    def _forbid(self, ids: Sequence[str]) -> None:
-        if ids:
-            raise self._forbidden(ids)
-
-    def _forbidden(self, ids: Sequence[str]) -> Refused:
+    def _forbidden(self, ids: Sequence[str] = ()) -> Refused:
         """403, naming the objects where the world names them."""
         named = list(dict.fromkeys(ids)) if self.world.names_object_ids else []
-        return forbidden(object_ids=named) if named else forbidden()
+        more = {"object_ids": named} if named else {}
+        return Refused(403, "The token may not do that.", **more)
 
     def _list(
         self, name: str, table: Table, body: Thing, filters: Sequence[str], hidden: Any = ()
@@ -293,8 +285,8 @@ class Api:
     def _page(self, name: str, things: Sequence[tuple[int, Thing]], body: Thing) -> Thing:
         """One page of a list, with a cursor where there is more, as the world serves lists.
 
-        Each thing comes with its number, which stays the same whatever comes and goes: the number is where the next
-        page starts.
+        Each thing comes with its number, which stays the same whatever comes and goes: the number
+        is where the next page starts.
         """
         world = self.world
         if world.restricted_in_lists == "left out":
@@ -319,8 +311,9 @@ class Api:
             found["next_cursor"] = self._next(name, body, rest[size][0])
         elif world.trailing_page and rest:
             found["next_cursor"] = self._next(name, body, rest[-1][0] + 1)
-        if world.restricted_in_lists == "403":
-            self._forbid([one["id"] for one in found[name] if one["id"] in world.restricted])
+        refused = [one["id"] for one in found[name] if one["id"] in world.restricted]
+        if refused and world.restricted_in_lists == "403":
+            raise self._forbidden(refused)
         return found
 
     def _paging(self, body: Thing) -> str:
@@ -351,7 +344,7 @@ class Api:
             raise bad(NOT_PERMITTED, "cursor", "it has expired")
         return place, served
 
-    # ----- contacts --------------------------------------------------------------------------------
+    # ----- contacts -------------------------------------------------------------------------------
 
     def _polled(self, contact_id: str) -> Thing:
         """What a contact is known as by its id, whatever has become of it."""
@@ -394,13 +387,10 @@ class Api:
         return self.world.vanished == "*" or contact_id in self.world.vanished
 
     def _list_contacts(self, body: Thing) -> Thing:
-        world, organisation, numbers = (
-            self.world,
-            self.organisation,
-            self.organisation.contacts.numbers,
-        )
+        world, organisation = self.world, self.organisation
+        numbers = organisation.contacts.numbers
         if "is_verified" in body and world.verified_filter == "403":
-            raise forbidden()
+            raise self._forbidden()
         if "is_verified" in body and world.verified_filter == "400":
             raise bad("invalid_field", "is_verified", "unknown property")
         filters: list[Filter] = [(name, body[name]) for name in CONTACT_FILTERS if body.get(name)]
@@ -536,12 +526,12 @@ class Api:
         if holder not in (None, contact_id):
             raise Refused(409, f"{reference!r} is held by another contact")
 
-    # ----- works, conversations, timelines ---------------------------------------------------------
+    # ----- works, conversations, timelines --------------------------------------------------------
 
     def _list_works(self, body: Thing) -> Thing:
         hidden = set(self.world.hidden_kinds)
         if hidden.intersection(body.get("type", ())) and self.world.hidden_kinds_answer == "403":
-            raise forbidden()
+            raise self._forbidden()
         if not self.world.long_work_types:
             hidden.update(OTHER_WORK_KINDS)
         return self._list("works", self.organisation.works, body, ("type", *ROLES), hidden)
@@ -555,6 +545,10 @@ class Api:
         if not 1 <= len(body.get("title", "as it was")) <= 256:
             raise bad(NOT_PERMITTED, "title", "from 1 to 256 characters")
         return {"work": self._changed(work, body)}
+
+    def _update_conversation(self, body: Thing) -> Thing:
+        talk = existing(body["id"], self.organisation.conversations)
+        return {"conversation": self._changed(talk, body)}
 
     def _list_entries(self, body: Thing) -> Thing:
         organisation, object_id = self.organisation, body["object"]
@@ -571,12 +565,9 @@ class Api:
             if ids is None:
                 continue
             for user_id in ids:
-                if kind_of(user_id) == "revu":
+                if user_id != self.organisation.dev_user["id"]:
                     self._contact(user_id)
-            try:
-                changes[role] = self.organisation.people(ids)
-            except KeyError as unknown:
-                raise not_found(str(unknown.args[0])) from unknown
+            changes[role] = self.organisation.people(ids)
         self.organisation.change(thing, **changes)
         return thing
 

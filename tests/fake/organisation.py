@@ -1,6 +1,7 @@
-"""What is true in DevRev: contacts, works, conversations, their timelines, and what merges make of them.
+"""What is true in DevRev: contacts, works, conversations, timelines, and what merges make of them.
 
-Objects are found by what they hold, and as they were a while ago. tests.fake.world serves an organisation.
+Objects are found by what they hold, and as they were a while ago. tests.fake.world serves an
+organisation.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ ROLES = ("reported_by", "owned_by", "created_by")
 SUMMARY = (
     "id", "display_id", "display_name", "full_name", "email", "state", "external_ref", "rev_org"
 )  # fmt: skip
+WORK_DETAILS = {  # prefix of the display id, stage, and more
+    "ticket": ("TKT", "queued", {"severity": "medium"}),
+    "issue": ("ISS", "triage", {"priority": "p2"}),
+}
 USER_LISTS = ("owned_by", "reported_by", "members")
 
 Thing = Dict[str, Any]
@@ -105,17 +110,16 @@ class Table(Dict[str, Record]):
             self._changed(record)
 
     def find(self, filters: Sequence[Filter] = (), ago: float = 0.0) -> list[Thing]:
-        """The objects that hold a value of every filter, oldest first, as they were `ago` seconds ago."""
+        """The objects that hold a value of every filter, oldest first, as they were a while ago."""
         before = self._before(self._now() - ago) if ago > 0 else {}
         wanted = [{(name, value) for value in values} for name, values in filters]
-        found: list[Thing] = []
-        for object_id in sorted(
-            self._candidates(wanted) | before.keys(), key=self.numbers.__getitem__
-        ):
-            thing = before[object_id] if object_id in before else self[object_id]
-            if thing is not None and not any(one.isdisjoint(self._keys(thing)) for one in wanted):
-                found.append(thing)
-        return found
+        ids = sorted(self._candidates(wanted) | before.keys(), key=self.numbers.__getitem__)
+        things = [before[one] if one in before else self[one] for one in ids]
+        return [
+            thing
+            for thing in things
+            if thing and not any(one.isdisjoint(self._keys(thing)) for one in wanted)
+        ]
 
     def _candidates(self, wanted: Sequence[set[Key]]) -> set[str]:
         if not wanted:
@@ -153,7 +157,7 @@ def contact_keys(contact: Mapping[str, Any]) -> Iterator[Key]:
 
 
 def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
-    """What a work or a conversation is found by: its type and everybody in it, by role and in whatever role."""
+    """What a work or a conversation is found by: its type, and everybody in it, by role."""
     yield "type", thing.get("type")
     for role in ("created_by", *USER_LISTS):
         people = thing.get(role, ())
@@ -173,8 +177,7 @@ class Organisation:
     # What DevRev does in one way or another; all of it may be changed at any time.
     ref_release = 0.0  # seconds for which a merged contact doesn't let go of its reference yet
     unique_references = "rev_org"  # nobody else in it, or in the whole "organisation", may have one
-    # Whether a reference that an unverified contact had is nobody else's until that contact is deleted.
-    unverified_keep_references = False
+    unverified_keep_references = False  # whether theirs are nobody else's until they are deleted
     merge_joins: Collection[str] = ()  # fields with several values that a merge joins
     merge_moves_reference = False  # whether the primary gets the secondary's, unless DevRev made it
     visitors_verified = True  # whether a contact that the application's widget makes is
@@ -186,7 +189,7 @@ class Organisation:
         self.partition = partition
         self.lock = threading.RLock()
         self.clock: Callable[[], float] = lambda: LONG_AGO
-        self.moment: float | None = None  # in place of the clock, for what is carried out belatedly
+        self.moment: float | None = None  # in place of the clock, for what happens belatedly
         self.contacts = Table(self.lock, self.now, contact_keys, self._contact_changed)
         self.works = Table(self.lock, self.now, people_keys)
         self.conversations = Table(self.lock, self.now, people_keys)
@@ -201,9 +204,15 @@ class Organisation:
         self._summaries: dict[str, Thing] = {}
         self._numbers: dict[str, int] = Counter()
         self._minutes = itertools.count()
-        self.dev_user = dev_user(
-            self.don("identity", "devu", "1"), "Dana Developer", "dana.developer@example.com"
-        )
+        self.dev_user = {
+            "id": self.don("identity", "devu", "1"),
+            "display_id": "DEVU-1",
+            "display_name": "Dana Developer",
+            "full_name": "Dana Developer",
+            "email": "dana.developer@example.com",
+            "state": "active",
+            "created_date": "2023-01-01T00:00:00.000Z",
+        }
         self._summarise("dev_user", self.dev_user)
 
     def now(self) -> float:
@@ -214,7 +223,7 @@ class Organisation:
         """The id of an object, e.g. `don:core:dvrv-us-1:devo/SANDBOX1:ticket/7`."""
         return f"don:{service}:{self.partition}:devo/{self.key}:{kind}/{key}"
 
-    # ----- what is added ---------------------------------------------------------------------------
+    # ----- what is added --------------------------------------------------------------------------
 
     def add_contact(
         self,
@@ -228,7 +237,7 @@ class Organisation:
         verified: bool = True,
         **more: Any,
     ) -> str:
-        """Add a contact and return its id. Its reference must be free. `account/KEY` is a rev org that is an account."""
+        """Add a contact, whose reference must be free; `account/KEY` is an account as rev org."""
         with self.lock:
             contact_id = self.don("identity", "revu", key)
             reference = "REVU-" + key if external_ref is None else external_ref
@@ -256,22 +265,15 @@ class Organisation:
             return contact_id
 
     def new_contact(
-        self,
-        email: str | None,
-        reference: str | None,
-        rev_org: str | None = "ACME",
-        **more: Any,
+        self, email: str | None, reference: str | None, rev_org: str | None = "ACME", **more: Any
     ) -> str:
         """Add a contact with an id that DevRev chooses."""
-        with self.lock:
-            self._numbers["revu"] += 1
-            more.setdefault("created", self._now())
-            return self.add_contact(
-                "N{}".format(self._numbers["revu"]), email, reference, rev_org=rev_org, **more
-            )
+        self._numbers["revu"] += 1
+        key, now = f"N{self._numbers['revu']}", self._now()
+        return self.add_contact(key, email, reference, rev_org=rev_org, created=now, **more)
 
     def visit(self, email: str, reference: str, rev_org: str | None = "ACME") -> str:
-        """The application identifies somebody by a reference: who holds it, or a new contact that does."""
+        """The application identifies somebody: who holds the reference, or a new contact."""
         with self.lock:
             holder = self.holder(rev_org and self._org_summary(rev_org)["id"], reference)
             if holder is not None:
@@ -287,63 +289,56 @@ class Organisation:
         title: str | None = None,
         comments: int = 0,
     ) -> str:
-        """Add a work (a ticket, an issue, …) and return its id. A dev user fills the roles nobody has."""
-        prefix = {"ticket": "TKT", "issue": "ISS"}.get(kind, kind[:4].upper())
-        with self.lock:
-            work = self._new_object(kind, prefix, created_by)
-            work["type"] = kind
-            work["title"] = title or "About {}".format(work["display_id"])
-            work["body"] = "What {} is about, in a sentence or two.".format(work["display_id"])
-            work["stage"] = {"name": "queued" if kind == "ticket" else "triage"}
-            work["owned_by"] = self.people(owned_by) or self.people([self.dev_user["id"]])
-            work["reported_by"] = self.people(reported_by)
-            work.update(
-                {"ticket": {"severity": "medium"}, "issue": {"priority": "p2"}}.get(kind, {})
-            )
-            self.works[work["id"]] = work  # type: ignore[assignment]
-            self._add_comments(work, comments)
-            return str(work["id"])
+        """Add a work and return its id. A dev user fills the roles nobody has."""
+        prefix, stage, more = WORK_DETAILS.get(kind, (kind[:4].upper(), "triage", {}))
+        work = self._new_object(kind, prefix, created_by)
+        work.update(
+            type=kind,
+            title=title or f"About {work['display_id']}",
+            body=f"What {work['display_id']} is about, in a sentence or two.",
+            stage={"name": stage},
+            owned_by=self.people(owned_by) or self.people([self.dev_user["id"]]),
+            reported_by=self.people(reported_by),
+            **more,
+        )
+        return self._add(self.works, work, comments)
 
-    def add_conversation(
-        self, members: Iterable[str] = (), title: str | None = None, comments: int = 0
-    ) -> str:
+    def add_conversation(self, members: Iterable[str] = (), comments: int = 0) -> str:
         """Add a conversation, created by its first member, and return its id."""
-        with self.lock:
-            people = list(members)
-            talk = self._new_object("conversation", "CONV", people[0] if people else None)
-            talk["title"] = title or "Talk {}".format(talk["display_id"])
-            talk["stage"] = {"name": "new"}
-            talk["source_channel"] = "plug"
-            talk["members"] = self.people(people)
-            talk["owned_by"] = self.people([self.dev_user["id"]])
-            self.conversations[talk["id"]] = talk  # type: ignore[assignment]
-            self._add_comments(talk, comments)
-            return str(talk["id"])
+        people = list(members)
+        talk = self._new_object("conversation", "CONV", people[0] if people else None)
+        talk.update(
+            title=f"Talk {talk['display_id']}",
+            stage={"name": "new"},
+            source_channel="plug",
+            members=self.people(people),
+            owned_by=self.people([self.dev_user["id"]]),
+        )
+        return self._add(self.conversations, talk, comments)
 
     def add_comment(self, object_id: str, body: str, created_by: str | None = None) -> str:
         """Add a comment to the timeline of a work or a conversation and return its id."""
-        with self.lock:
-            parent = self.works.get(object_id) or self.conversations[object_id]
-            entries = self.timelines.setdefault(object_id, [])
-            now = self._now()
-            entry = {
-                "type": "timeline_comment",
-                "id": f"{object_id}:comment/{len(entries) + 1}",
-                "display_id": f"COMMENT-{len(entries) + 1}",
-                "object": object_id,
-                "object_display_id": parent["display_id"],
-                "object_type": kind_of(object_id),
-                "visibility": "external",
-                "body": body,
-                "body_type": "text",
-                "created_by": self._summaries[created_by or self.dev_user["id"]],
-                "created_date": now,
-                "modified_date": now,
-            }
-            entries.append(entry)
-            return str(entry["id"])
+        parent = self.works.get(object_id) or self.conversations[object_id]
+        entries = self.timelines.setdefault(object_id, [])
+        number, now = len(entries) + 1, self._now()
+        entry = {
+            "type": "timeline_comment",
+            "id": f"{object_id}:comment/{number}",
+            "display_id": f"COMMENT-{number}",
+            "object": object_id,
+            "object_display_id": parent["display_id"],
+            "object_type": kind_of(object_id),
+            "visibility": "external",
+            "body": body,
+            "body_type": "text",
+            "created_by": self._summaries[created_by or self.dev_user["id"]],
+            "created_date": now,
+            "modified_date": now,
+        }
+        entries.append(entry)
+        return str(entry["id"])
 
-    # ----- what is changed -------------------------------------------------------------------------
+    # ----- what is changed ------------------------------------------------------------------------
 
     def merge(self, primary: str, secondary: str, leave_behind: Collection[str] = ()) -> None:
         """Carry out a merge at once: the secondary's roles move, its reference becomes free."""
@@ -366,31 +361,28 @@ class Organisation:
 
     def change(self, thing: Thing, **fields: Any) -> None:
         """Set fields of a contact, a work or a conversation."""
-        with self.lock:
-            thing.update(fields, modified_date=self._now())
+        thing.update(fields, modified_date=self._now())
 
     def give(self, object_id: str, role: str, user_ids: Iterable[str]) -> None:
         """Give a work or a conversation to others: all that have a role in it."""
-        self.change(
-            self.works.get(object_id) or self.conversations[object_id],
-            **{role: self.people(user_ids)},
-        )
+        thing = self.works.get(object_id) or self.conversations[object_id]
+        self.change(thing, **{role: self.people(user_ids)})
 
     def delete_contact(self, contact_id: str) -> None:
         """Delete a contact; what it had a role in goes on naming it."""
-        with self.lock:
-            self.deleted[contact_id] = dict(self.contacts[contact_id])
-            del self.contacts[contact_id]
+        self._delete(self.contacts, contact_id)
 
     def delete_work(self, object_id: str) -> None:
         """Delete a work or a conversation with its timeline."""
+        self._delete(self.works if object_id in self.works else self.conversations, object_id)
+        self.timelines.pop(object_id, None)
+
+    def _delete(self, table: Table, object_id: str) -> None:
         with self.lock:
-            table = self.works if object_id in self.works else self.conversations
             self.deleted[object_id] = dict(table[object_id])
             del table[object_id]
-            self.timelines.pop(object_id, None)
 
-    # ----- what is so ------------------------------------------------------------------------------
+    # ----- what is so -----------------------------------------------------------------------------
 
     def alive(self, contact_id: str) -> bool:
         """Whether the contact exists and hasn't been merged into another."""
@@ -403,16 +395,15 @@ class Organisation:
         return contact_id
 
     def holder(self, rev_org_id: str | None, reference: str) -> str | None:
-        """The id of the contact that holds a reference in a rev org, or doesn't let go of it yet."""
-        with self.lock:
-            had = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
-            ids = {one for one in had if self._holds_on(one, reference)}
-            if self.unverified_keep_references:
-                ids |= self._users_of[reference] & self.unverified & self.contacts.keys()
-            for contact_id in sorted(ids, key=self.contacts.numbers.__getitem__):
-                same = org_id_of(self.contacts[contact_id]) == rev_org_id
-                if same or self.unique_references == "organisation":
-                    return str(contact_id)
+        """The contact that holds a reference in a rev org, or doesn't let go of it yet."""
+        had = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
+        ids = {one for one in had if self._holds_on(one, reference)}
+        if self.unverified_keep_references:
+            ids |= self._users_of[reference] & self.unverified & self.contacts.keys()
+        for contact_id in sorted(ids, key=self.contacts.numbers.__getitem__):
+            same = org_id_of(self.contacts[contact_id]) == rev_org_id
+            if same or self.unique_references == "organisation":
+                return str(contact_id)
         return None
 
     def people(self, ids: Iterable[str]) -> list[Thing]:
@@ -472,11 +463,14 @@ class Organisation:
             "modified_date": now,
         }
 
-    def _add_comments(self, parent: Thing, number: int) -> None:
-        self.timelines[parent["id"]] = []
-        for n in range(1, number + 1):
-            body = "Reply {} on {}.".format(n, parent["display_id"])
-            self.add_comment(parent["id"], body, parent["created_by"]["id"] if n % 2 else None)
+    def _add(self, table: Table, thing: Thing, comments: int) -> str:
+        thing_id, creator = str(thing["id"]), thing["created_by"]["id"]
+        table[thing_id] = thing  # type: ignore[assignment]
+        self.timelines[thing_id] = []
+        for n in range(1, comments + 1):
+            body = f"Reply {n} on {thing['display_id']}."
+            self.add_comment(thing_id, body, creator if n % 2 else None)
+        return thing_id
 
     def _now(self) -> str:
         start = datetime.datetime(2024, 7, 1)
@@ -489,19 +483,6 @@ ID = re.compile(
     r":(?P<kind>[a-z_]+)/(?P<key>[\w.-]+)",
     re.ASCII,
 )
-
-
-def dev_user(user_id: str, name: str, email: str) -> Thing:
-    """A user of the organisation that DevRev serves, as opposed to its customers."""
-    return {
-        "id": user_id,
-        "display_id": "DEVU-" + user_id.rpartition("/")[2],
-        "display_name": name,
-        "full_name": name,
-        "email": email,
-        "state": "active",
-        "created_date": "2023-01-01T00:00:00.000Z",
-    }
 
 
 def own_reference(contact_id: str) -> str:

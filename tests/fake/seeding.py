@@ -13,8 +13,8 @@ from tests.fake.organisation import ID, ROLES, Organisation
 def organisation_of(path: Path, key: str = "") -> Organisation:
     """Build the organisation an export came from, or one like it that has another key.
 
-    Of each contact, greatest(owned, created, reported) equals its TICKET_COUNT. Rows without one are left out, and the
-    first row of an id counts.
+    Of each contact, greatest(owned, created, reported) equals its TICKET_COUNT. Rows without one
+    are left out, and the first row of an id counts.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -83,7 +83,6 @@ class Handler(BaseHTTPRequestHandler):
         if answer.manner in ("hang", "reset"):
             if answer.manner == "hang":
                 self._hold(answer.seconds)
-            request.ended = time.monotonic()
             self._reset()
             return
         payload = answer.payload
@@ -92,7 +91,6 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif answer.manner == "send" and answer.seconds:
             self.server.closing.wait(answer.seconds)
-        request.ended = time.monotonic()
         try:
             if answer.manner == "drip":
                 self._drip(answer)
@@ -112,19 +110,15 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def _head(self, answer: Answer) -> bytes:
-        lines = [
-            f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
-            "Date: " + self.date_time_string(),
-        ]
+        headers = {"Date": self.date_time_string(), **answer.headers}
         if answer.status != 204:
-            lines += [
-                "Content-Type: " + answer.content_type,
-                f"Content-Length: {len(answer.payload)}",
-            ]
-        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+            headers["Content-Type"] = answer.content_type
+            headers["Content-Length"] = str(len(answer.payload))
         if self.close_connection and answer.manner == "send":
-            lines.append("Connection: close")
-        return "\r\n".join(lines + ["", ""]).encode("latin-1", "replace")
+            headers["Connection"] = "close"
+        lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
     def _drip(self, answer: Answer) -> None:
         self.wfile.write(self._head(answer))
@@ -197,7 +191,7 @@ class Server(ThreadingHTTPServer):
 class Sandbox(World):
     """A world, served on 127.0.0.1 for as long as the `with` block lasts.
 
-    `latency` is how many seconds each request takes longer; it may be changed while it runs, as all that a World has.
+    `latency` is how many seconds each request takes longer; it may be changed while it runs.
     """
 
     def __init__(

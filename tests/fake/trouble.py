@@ -1,9 +1,8 @@
-"""Requests, answers in all their forms, and what goes wrong: faults of single requests, and the quota."""
+"""Requests, answers in all their forms, and what goes wrong: single requests, and the quota."""
 
 from __future__ import annotations
 
 import fnmatch
-import html
 import json
 import math
 import random
@@ -12,20 +11,24 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Callable, Collection
 
-from tests.fake.organisation import HALF_EMOJI, Thing
+from tests.fake.organisation import HALF_EMOJI
 
 TYPES = {  # of a refusal, by its status
-    400: "bad_request", 401: "unauthenticated", 403: "forbidden", 404: "not_found", 409: "conflict", 410: "gone",
-    413: "request_entity_too_large", 423: "locked", 425: "too_early", 429: "too_many_requests", 500: "internal_error",
-    503: "service_unavailable",
+    400: "bad_request", 401: "unauthenticated", 403: "forbidden", 404: "not_found",
+    409: "conflict", 410: "gone", 413: "request_entity_too_large", 423: "locked", 425: "too_early",
+    429: "too_many_requests", 500: "internal_error", 503: "service_unavailable",
 }  # fmt: skip
-TOKENS = {"401-expired": "token_expired", "401-revoked": "token_revoked", "401-deactivated": "dev_org_deactivated"}  # fmt: skip
+TOKENS = {
+    "401-expired": "token_expired",
+    "401-revoked": "token_revoked",
+    "401-deactivated": "dev_org_deactivated",
+}
 REFUSALS = (*map(str, TYPES), *TOKENS, "429-bare", "429-body", "429-header")
 PAGES = ("502", "html-200", "html-403")  # of a gateway in front of the API, in HTML
 BEFORE_THE_ACT = (*REFUSALS, *PAGES, "route-404", "redirect", "reset-before", "hang", "other")
 AFTER_THE_ACT = (
-    "reset-after", "cut", "500-after", "hang-after", "slow", "drip", "nested", "changed", "endless", "half-emoji",
-    "odd-quota", "other-after",
+    "reset-after", "cut", "500-after", "hang-after", "slow", "drip", "nested", "changed", "endless",
+    "half-emoji", "odd-quota", "other-after",
 )  # fmt: skip
 OF_A_MERGE = ("merge-never", "merge-leaves", "merge-slow", "merge-refused-late", "merge-doubled")
 FAULTS = (*BEFORE_THE_ACT, *AFTER_THE_ACT, "doubled", *OF_A_MERGE)
@@ -41,16 +44,18 @@ class Fault:
     A request is struck by the first fault of the world's list that wants it; the ones behind it
     don't get to see the request. What `detail` says, where a kind takes one:
 
-    429: seconds to wait · other refusals: the message · redirect: its Location, which may be no URL · half-emoji: names
-    of fields, which get a lone surrogate at their end (else those that people write) · odd-quota: the headers, or one
-    value for all three · hang, hang-after, slow (the answer comes late), drip (a byte each time), merge-slow: seconds ·
-    doubled, merge-doubled: seconds until the same request arrives again (else at once, and what is answered is the
-    second) · merge-refused-late: the status, and seconds until it is carried out all the same · merge-leaves: ids ·
-    changed: a function of the answer · endless: "empty" for pages without items instead of the first page again and
-    again, "repeated" for the first page under one and the same cursor · other, other-after: a status and what comes
-    with it, as JSON, or as HTML where it is text.
+    429: seconds to wait; other refusals: the message
+    half-emoji: names of fields that get a lone surrogate at their end (else those people write)
+    odd-quota: a value for each header
+    hang, hang-after, slow (the answer comes late), drip (a byte each time), merge-slow: seconds
+    doubled, merge-doubled: seconds until the same request arrives again (else at once, and what
+        is answered is the second)
+    merge-refused-late: the status, and seconds until it is carried out all the same
+    merge-leaves: ids (else the first work); changed: a function of the answer
+    other, other-after: a status and what comes with it, as JSON, or as HTML where it is text
 
-    A 429 says in the header and in the body how long to wait, 429-body and 429-header in one of them, 429-bare nowhere.
+    A 429 says in the header and in the body how long to wait, 429-body and 429-header in one of
+    them, 429-bare nowhere.
     """
 
     kind: str
@@ -65,17 +70,17 @@ class Fault:
 
     def __post_init__(self) -> None:
         if self.kind not in FAULTS:
-            raise ValueError("unknown fault {!r}: one of {}".format(self.kind, ", ".join(FAULTS)))
+            raise ValueError(f"unknown fault {self.kind!r}: one of {', '.join(FAULTS)}")
 
     def strikes(self, request: Request, chance: random.Random) -> bool:
         """Whether this request is to go wrong; counts it."""
-        if self.kind in OF_A_MERGE and request.endpoint != "rev-users.merge":
-            return False
-        if self.kind == "endless" and not request.endpoint.endswith(".list"):
-            return False
-        if not fnmatch.fnmatchcase(request.endpoint, self.endpoint):
-            return False
-        if self.match is not None and not self.match(request.body):
+        endpoint = request.endpoint
+        if (
+            (self.kind in OF_A_MERGE and endpoint != "rev-users.merge")
+            or (self.kind == "endless" and not endpoint.endswith(".list"))
+            or not fnmatch.fnmatchcase(endpoint, self.endpoint)
+            or (self.match is not None and not self.match(request.body))
+        ):
             return False
         self.seen += 1
         if self.seen <= self.skip or (self.times is not None and self.struck >= self.times):
@@ -95,7 +100,6 @@ class Request:
     body: dict[str, Any]
     started: float
     status: int | None = None
-    ended: float | None = None
     fault: str | None = None
 
 
@@ -103,7 +107,8 @@ class Request:
 class Answer:
     """What goes back, and how.
 
-    `send` (after some seconds), `cut` in half, `reset`, `hang` for some seconds, `drip` a byte every so many.
+    `send` (after some seconds), `cut` in half, `reset`, `hang` for some seconds, `drip` a byte
+    every so many.
     """
 
     status: int
@@ -131,14 +136,14 @@ class Refused(Instead):
 
 
 def json_answer(status: int, content: Any) -> Answer:
-    """An answer as the API itself gives it; half an emoji is written as the JSON escape that it was."""
+    """An answer as the API itself gives it; half an emoji is the JSON escape that it was."""
     text = json.dumps(content, ensure_ascii=False)
     return Answer(status, text.encode("utf-8", "backslashreplace"))
 
 
 def html_answer(status: int) -> Answer:
     """An answer as a gateway in front of the API gives it."""
-    phrase = html.escape(HTTPStatus(status).phrase)
+    phrase = HTTPStatus(status).phrase
     page = f"<html><head><title>{phrase}</title></head><body><h1>{phrase}</h1></body></html>"
     return other_answer(status, page)
 
@@ -172,7 +177,7 @@ def struck_before(fault: Fault) -> Answer:
     if kind == "route-404":
         return route_not_found()
     if kind == "redirect":
-        return moved(detail or "/elsewhere")
+        return moved("/elsewhere")
     if kind in PAGES:
         return html_answer(int(kind[-3:]))
     return struck_after(fault, Answer(0, b""))
@@ -186,7 +191,7 @@ def moved(place: str) -> Answer:
 
 
 def wait_told(answer: Answer, where: str) -> Answer:
-    """Let a 429 say how long to wait in the "header" alone, in the "body" alone, in "both", or in "neither"."""
+    """Let a 429 say how long to wait in the "header", the "body", "both" or "neither"."""
     if where in ("body", "neither"):
         answer.headers.pop("Retry-After", None)
     if where in ("header", "neither") and answer.content_type == "application/json":
@@ -211,8 +216,8 @@ def struck_after(fault: Fault, answer: Answer) -> Answer:
     if kind == "nested":
         return Answer(200, b'{"a":' * 100_000 + b"{}" + b"}" * 100_000)
     if kind == "odd-quota":
-        odd = detail if isinstance(detail, dict) else dict.fromkeys(QUOTA_HEADERS, str(detail))
-        answer.headers.update({} if detail is None else odd)
+        if detail is not None:
+            answer.headers.update(dict.fromkeys(QUOTA_HEADERS, detail))
         return answer
     if kind in ("changed", "endless", "half-emoji"):
         if not answer.payload or answer.content_type != "application/json":
@@ -221,8 +226,9 @@ def struck_after(fault: Fault, answer: Answer) -> Answer:
         if kind == "half-emoji":
             return json_answer(answer.status, halved(content, detail or WRITTEN))
         if kind == "endless":
-            return json_answer(answer.status, without_end(fault, content))
-        return json_answer(answer.status, detail(content) if detail else {})
+            # A page that claims that more comes, under a cursor never seen before.
+            return json_answer(answer.status, {**content, "next_cursor": f"more-{fault.struck}"})
+        return json_answer(answer.status, detail(content))
     if kind in SECONDS:
         answer.seconds = SECONDS[kind] if detail is None else float(detail)
     answer.manner = "send" if kind == "slow" else kind.split("-")[0]
@@ -230,24 +236,14 @@ def struck_after(fault: Fault, answer: Answer) -> Answer:
 
 
 def halved(content: Any, names: Collection[str]) -> Any:
-    """The same content in which every text of these names, at any depth, ends with half an emoji."""
+    """The same content, in which every text of these names ends with half an emoji."""
     if isinstance(content, list):
         return [halved(one, names) for one in content]
     if not isinstance(content, dict):
         return content
     cut = {name for name in names if isinstance(content.get(name), str)}
-    return {
-        name: value + HALF_EMOJI if name in cut else halved(value, names)
-        for name, value in content.items()
-    }
-
-
-def without_end(fault: Fault, content: Thing) -> Thing:
-    """A page that claims that more comes, under a cursor never seen before (or always the same one)."""
-    if fault.detail == "empty":
-        content = {name: [] if type(value) is list else value for name, value in content.items()}
-    cursor = "more" if fault.detail == "repeated" else f"more-{fault.struck}"
-    return {**content, "next_cursor": cursor}
+    found = {name: halved(value, names) for name, value in content.items()}
+    return {**found, **{name: content[name] + HALF_EMOJI for name in cut}}
 
 
 def merge_acknowledged(form: str, content: Any) -> Answer:
@@ -261,45 +257,41 @@ def merge_acknowledged(form: str, content: Any) -> Answer:
 
 
 STATES_LEFT = {  # of a merged contact
-    "locked": "locked", "shadow": "shadow", "archived": "archived", "deactivated": "deactivated", "stale": "active",
-    "no-email": "active", "no-reference": "active", "own-reference": "active", "bare": "active", "as-before": "active",
+    "locked": "locked", "shadow": "shadow", "archived": "archived", "deactivated": "deactivated",
+    **dict.fromkeys(
+        ("stale", "no-email", "no-reference", "own-reference", "bare", "as-before"), "active"
+    ),
 }  # fmt: skip
 STAYS = ("", *(one for one in STATES_LEFT if one != "stale"))
-ODD_POLLS = ("404-route", "404-other", "400", "403", "410", "500", "502", "503", "shape", "empty", "hang", "drip")  # fmt: skip
+ODD_POLLS = (
+    "404-route", "404-other", "400", "403", "410", "500", "502", "503", "shape", "empty", "hang",
+    "drip",
+)  # fmt: skip
 MERGE_MANNERS = ("works", "never", "400", "403", "409")
 
 
 def odd_poll(manner: str) -> Answer:
     """An answer for a contact that was merged, from which nobody can tell that it was."""
-    if manner in ("hang", "drip"):
-        return struck_after(Fault(manner), json_answer(200, {"rev_user": {}}))
-    if manner == "404-route":
-        return route_not_found()
     if manner == "404-other":
         return Refused(404, "There is nothing to see here.", "object_hidden").answer
     if manner == "shape":
         return json_answer(200, {"rev_user": {"id": 7, "state": ["deleted"]}})
     if manner == "empty":
         return Answer(200, b"")
-    if manner == "502":
-        return html_answer(502)
-    return Refused(int(manner), "Not so.").answer
+    if manner == "drip":
+        return struck_after(Fault("drip"), json_answer(200, {"rev_user": {}}))
+    return struck_before(Fault("route-404" if manner == "404-route" else manner))
 
 
 class Quota:
     """So many units in a window; the windows follow each other from the first request on, or roll.
 
-    `others` is what other clients spend of each window, at its start. With `rolls` every window ends with the moment
-    that it is asked at, and the reset that is announced is always a window away.
+    `others` is what other clients spend of each window, at its start. With `rolls` every window
+    ends with the moment that it is asked at, and the reset is always a window away.
     """
 
     def __init__(
-        self,
-        epoch: Callable[[], float],
-        limit: int,
-        window: float,
-        others: int = 0,
-        rolls: bool = False,
+        self, epoch: Any, limit: int, window: float, others: int = 0, rolls: bool = False
     ) -> None:
         self.limit = limit
         self.window = window

@@ -1,17 +1,20 @@
 """What DevRev does, without sockets, threads or a clock of its own.
 
-One implementation for two uses: `tests.sandbox` speaks it over HTTP on loopback, and a simulation calls it in
-simulated time. It misbehaves on demand, and knows the truth afterwards: what was merged and when, which references
-moved, and what every single request was. The same seed and the same calls give the same world.
+One implementation for two uses: `tests.sandbox` speaks it over HTTP on loopback, and a simulation
+calls it in simulated time. It misbehaves on demand, and knows the truth afterwards: what was merged
+and when, which references moved, and what every single request was. The same seed and the same
+calls give the same world.
 
     organisation = Organisation()
     primary = organisation.add_contact("1", "ada@example.com")
     secondary = organisation.add_contact("2", "ada@example.com", external_ref="user_2")
     world = World(organisation, clock=lambda: now)
-    answer = world.respond("rev-users.merge", {"primary_user": primary, "secondary_user": secondary}, world.token)
+    body = {"primary_user": primary, "secondary_user": secondary}
+    answer = world.respond("rev-users.merge", body, world.token)
 
-What is known of DevRev only either way is a switch, off by default: an attribute of World, below, or of Organisation.
-What strikes single requests, once, often or always, is a Fault. Any text may hold half an emoji (HALF_EMOJI).
+What is known of DevRev only either way is a switch, off by default: an attribute of World, below,
+or of Organisation. What strikes single requests, once, often or always, is a Fault. Any text may
+hold half an emoji (HALF_EMOJI).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from typing import Any, Callable, Collection, Iterable, Mapping, NamedTuple
+from typing import Any, Callable, Collection, Iterable, Mapping
 
 from tests.fake.api import SHAPES, Api
 from tests.fake.organisation import Organisation, Thing
@@ -44,20 +47,12 @@ from tests.fake.trouble import (
 )
 
 
-class Event(NamedTuple):
-    """Something that is yet to happen."""
-
-    due: float
-    number: int
-    action: Callable[[], Any]
-
-
 class World:
     """An organisation, how DevRev serves it, and the books of who asked what.
 
-    `clock` gives the seconds that everything here happens at, `epoch` (else the clock too) those of the quota's
-    headers. `on_request(stage, request)` is called "before" and "after" each act. Everything else is a switch: it may
-    be given by name here and be changed at any time.
+    `clock` gives the seconds that everything here happens at, `epoch` (else the clock too) those of
+    the quota's headers. `on_request(stage, request)` is called "before" and "after" each act.
+    Everything else is a switch: it may be given by name here and be changed at any time.
     """
 
     GONE = ("404", "301", "state", "primary", "shadow", "unassigned")
@@ -87,8 +82,9 @@ class World:
     in_progress = 200  # status of a request for a merge that is pending already
     unverified_merge = "works"  # of an unverified contact into a verified one; never: acknowledged
     verified_merge = "works"  # of a verified contact into an unverified one
-    # How rev-users.get answers for a merged contact, while lists tell the truth: 301 names the primary, primary is its
-    # record, shadow and unassigned have a primary_identity, stays is what `stays` leaves. ODD ones tell nothing.
+    # How rev-users.get answers for a merged contact, while lists tell the truth: 301 names the
+    # primary, primary is its record, shadow and unassigned have a primary_identity, stays is what
+    # `stays` leaves; those of ODD tell nothing.
     gone = "404"
     gone_of: Mapping[str, str] = {}  # the same for single contacts, by id
     moved_to = ""  # the base of the Location that a 301 names
@@ -122,8 +118,8 @@ class World:
     empty_pages = 0  # that come before each page with items
     largest_page: int | None = None  # the most items of a page, whatever the limit
     trailing_page = False  # whether a list ends with an empty page
-    # again: a page comes a second time in place of the next; overlap: each begins with the last item of the one before;
-    # offset: a list that changes while it is read shifts
+    # again: a page comes a second time in place of the next; overlap: each begins with the last
+    # item of the one before; offset: a list that changes while it is read shifts
     paging = "cursor"
     paging_times: int | None = None  # how often that goes wrong; None: always
     cursor_life: float | None = None  # seconds after which a cursor is refused
@@ -178,10 +174,10 @@ class World:
         self._chance = random.Random(seed)
         self._api = Api(self)
         self._pending: set[tuple[str, str]] = set()
-        # The place that each cursor stands for, the empty pages served there, and when it was given.
+        # Of each cursor: the place that it stands for, the empty pages served there, when given.
         self.cursors: dict[str, tuple[int, int, float]] = {}
         self._put_back: Counter[str] = Counter()
-        self._events: list[Event] = []
+        self._events: list[tuple[float, int, Callable[[], Any]]] = []  # by when they are due
         self._numbers = itertools.count()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -189,7 +185,7 @@ class World:
             raise ValueError(f"{name}: {value!r} is none of {self.CHOICES[name]}")
         super().__setattr__(name, value)
 
-    # ----- requests --------------------------------------------------------------------------------
+    # ----- requests -------------------------------------------------------------------------------
 
     def respond(self, endpoint: str, body: Thing, token: str | None) -> Answer:
         """What comes back for a request that arrives now."""
@@ -199,9 +195,8 @@ class World:
         """Enter a request into the books."""
         self.catch_up()
         with self.organisation.lock:
-            request = Request(
-                len(self.requests) + 1, endpoint, body, self.clock() if started is None else started
-            )
+            begun = self.clock() if started is None else started
+            request = Request(len(self.requests) + 1, endpoint, body, begun)
             self.requests.append(request)
         self._tell("before", request)
         return request
@@ -220,7 +215,6 @@ class World:
             if answer.status == 429:
                 wait_told(answer, self.retry_after)
         request.status = answer.status if answer.manner in ("send", "cut", "drip") else None
-        request.ended = self.clock()
         self._tell("after", request)
         return answer
 
@@ -230,7 +224,9 @@ class World:
             return sum(1 for r in self.requests if endpoint is None or r.endpoint == endpoint)
 
     def _decide(self, request: Request, token: str | None, problem: Refused | None) -> Answer:
-        fault = self._pick_fault(request)
+        faults = (one for one in list(self.faults) if one.strikes(request, self._chance))
+        fault = next(faults, None)
+        request.fault = fault.kind if fault else None
         if fault is not None and fault.kind in BEFORE_THE_ACT:
             return struck_before(fault)
         if token != self.token:
@@ -259,44 +255,36 @@ class World:
             self.later(float(fault.detail), again)
         return answer
 
-    def _pick_fault(self, request: Request) -> Fault | None:
-        for fault in list(self.faults):
-            if fault.strikes(request, self._chance):
-                request.fault = fault.kind
-                return fault
-        return None
-
     def _tell(self, stage: str, request: Request) -> None:
         if self.on_request is not None:
             self.on_request(stage, request)
 
-    # ----- what happens later ----------------------------------------------------------------------
+    # ----- what happens later ---------------------------------------------------------------------
 
     def later(self, seconds: float, action: Callable[[], Any]) -> None:
         """Let something happen at its time: a merge, or what others do."""
         with self.organisation.lock:
-            heapq.heappush(
-                self._events, Event(self.organisation.now() + seconds, next(self._numbers), action)
-            )
+            due = self.organisation.now() + seconds
+            heapq.heappush(self._events, (due, next(self._numbers), action))
 
     def next_due(self) -> float | None:
         """When the next thing happens of which is known already that it will."""
-        return self._events[0].due if self._events else None
+        return self._events[0][0] if self._events else None
 
     def catch_up(self) -> None:
         """Let everything happen that is due, each at the moment it was due."""
         with self.organisation.lock:
-            while self._events and self._events[0].due <= self.clock():
-                self._happen(self._events[0].due)
+            while self._events and self._events[0][0] <= self.clock():
+                self._happen(self._events[0][0])
 
     def settle(self) -> None:
         """Let everything happen that is pending, without waiting for its time."""
         with self.organisation.lock:
             while self._events:
-                self._happen(min(self.clock(), self._events[0].due))
+                self._happen(min(self.clock(), self._events[0][0]))
 
     def plan_merge(self, primary: str, secondary: str, fault: Fault | None) -> None:
-        """Take a merge on, unless the same one is pending; Refused where a fault or `in_progress` says so."""
+        """Take a merge on, unless the same one is pending or too many are."""
         kind, detail = (fault.kind, fault.detail) if fault else ("", None)
         pending = (primary, secondary) in self._pending
         status, delay = self.in_progress, self.merge_delay
@@ -334,10 +322,10 @@ class World:
         self.quota = Quota(self._epoch, *quota)
 
     def _happen(self, moment: float) -> None:
-        event = heapq.heappop(self._events)
+        _, _, action = heapq.heappop(self._events)
         self.organisation.moment = moment
         try:
-            event.action()
+            action()
         finally:
             self.organisation.moment = None
 
