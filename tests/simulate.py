@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
@@ -26,7 +27,7 @@ from tests.fake.world import SWITCHES, World
 from tests.simulation.concurrent_edits import ConcurrentEdits
 from tests.simulation.expected import COPY, MAIN, STOPPING, Ids, Row, groups_of, instant
 from tests.simulation.organisations import Draws, OrganisationBuilder, quota_of, set_switches
-from tests.simulation.scene import Run, Stage, the_module
+from tests.simulation.scene import FILES, Run, Stage, the_module
 from tests.simulation.world import (
     InvariantBroken,
     NetworkFaults,
@@ -60,7 +61,6 @@ LOSSES = {
     "savepoint lost": 0.1, "copy lost": 0.08, "an old savepoint": 0.08, "an old copy": 0.06,
     "both put back": 0.08, "both lost": 0.03, "backups lost": 0.06,
 }  # fmt: skip
-OLD = Path("old")  # files of the savepoint, as they were once
 
 
 class Verdict(NamedTuple):
@@ -102,6 +102,7 @@ class Scenario(Stage):
         self.others = ConcurrentEdits(self)
         self.latency = draws.somewhen(0.01, 0.4)
         self.exports: List[List[Row]] = []
+        self.has_kept = False  # files of the savepoint as they were once
         # Of its own, so that kept seeds stay the scenarios that they were.
         self.rare = random.Random(seed + 2)
         self.may_not_merge, self.has_foreign_exports = (
@@ -515,7 +516,7 @@ class Scenario(Stage):
             if not (found and run.code == 2 and "put back" in run.refusal):
                 break
             self.trace(f"the report {found.group()} is moved away")
-            self.checker.reports.lose(found.group())
+            self.lose(found.group())
         return run
 
     def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
@@ -533,32 +534,28 @@ class Scenario(Stage):
         keeps = self.draws.has("undo", 0.2)  # what an undo names
         if not keeps and self.draws.has("reports lost", 0.08) and self.chance.random() < 0.5:
             self.trace("LOST: all reports")
-            self.checker.reports.lose()
+            self.lose("merge_report_*.json")
         kinds = [kind for kind, chance in LOSSES.items() if self.draws.has(kind, chance)]
         if kinds and self.chance.random() < 0.5 and MAIN.exists():
             self._lose(self.chance.choice(kinds), keeps)
-        if MAIN.exists() and not OLD.exists():
-            OLD.mkdir()
-            for path in (MAIN, COPY):
-                for tail in ("", "-journal"):
-                    if Path(f"{path}{tail}").exists():
-                        shutil.copy(f"{path}{tail}", f"{OLD / path.name}{tail}")
+        if MAIN.exists() and not self.has_kept:
+            self.keep(*FILES)
+            self.has_kept = True
 
     def _lose(self, kind: str, keeps: bool) -> None:
         """Let one thing get lost, or be put back from an older backup."""
         self.trace(f"LOST: {kind}")
-        lost = {"savepoint lost": (MAIN,), "copy lost": (COPY,), "both lost": (MAIN, COPY)}
         if kind == "backups lost":
             if not keeps and Path("backups").exists():
-                self.checker.lose_backups()
-        elif kind in lost:
-            for path in lost[kind]:
-                self.checker.lose_file(path)
-        elif OLD.exists():
-            put_back = {"an old savepoint": (MAIN,), "an old copy": (COPY,)}.get(kind, (MAIN, COPY))
-            for path in put_back:
-                self.checker.lose_file(path, OLD / path.name, forget=path == put_back[-1])
-            if len(put_back) == 2 and self.chance.random() < 0.5:
+                self.lose("backups")
+            return
+        one = COPY.name if "copy" in kind else MAIN.name
+        names = tuple(FILES) if "both" in kind else (one,)
+        if "lost" in kind:
+            self.lose(*names)
+        elif self.has_kept:
+            self.put_back(*names)
+            if len(names) == 2 and self.chance.random() < 0.5:
                 self._put_back_reports()
 
     def _put_back_reports(self) -> None:
@@ -566,7 +563,7 @@ class Scenario(Stage):
         known = self.checker.known_runs()
         for path in sorted(Path("reports").glob("*_report_*.json")):
             if path.stem.partition("_report_")[2] not in known:
-                self.checker.reports.lose(path.name)
+                self.lose(path.name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -587,10 +584,8 @@ def play(seed: int, module: Any, trace: bool = False) -> Verdict:
         scenario.play()
     except InvariantBroken as broken:
         invariant, what = broken.invariant, broken.what
-    except Exception as error:
-        if trace:
-            raise
-        invariant, what = "the simulation itself works", f"{type(error).__name__}: {error}"
+    except Exception:
+        invariant, what = "the simulation itself works", traceback.format_exc()
     finally:
         os.chdir(str(home))
         shutil.rmtree(folder, ignore_errors=True)

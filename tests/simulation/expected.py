@@ -115,13 +115,9 @@ def most_contacts(email: str) -> int:
 
 def instant(created: str) -> float:
     """Return a date as epoch seconds; without a zone it is in UTC."""
-    form = r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?"
-    found = re.fullmatch(form, created.strip())
-    assert found, created
-    moment = datetime.datetime.strptime(f"{found.group(1)} {found.group(2)}", "%Y-%m-%d %H:%M:%S")
-    zone = (found.group(3) or "Z").replace(":", "")
-    offset = 0 if zone == "Z" else int(zone[0] + "1") * (60 * int(zone[1:3]) + int(zone[3:5]))
-    return (moment - datetime.datetime(1970, 1, 1)).total_seconds() - 60 * offset
+    time, zone = created.strip()[:19].replace("T", " "), created.strip()[19:]
+    zone = re.sub(r"^\.\d+| ", "", zone) or "Z"
+    return datetime.datetime.strptime(f"{time} {zone}", "%Y-%m-%d %H:%M:%S %z").timestamp()
 
 
 def groups_of(rows: Iterable[Row]) -> Dict[str, List[Row]]:

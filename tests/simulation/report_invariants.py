@@ -172,9 +172,9 @@ class ReportChecker:
         runs = [file.runs.get(run) for file in map(read_file, (MAIN, COPY)) if file]
         return any(one is not None and not one["reported"] for one in runs)
 
-    def lose(self, name: str = "") -> None:
-        """Delete one report, or all."""
-        for path in list(Path("reports").glob(name or "merge_report_*.json")):
+    def lose(self, name: str) -> None:
+        """Delete reports."""
+        for path in list(Path("reports").glob(name)):
             for one in (path, path.with_suffix(".html"), path.with_suffix(".csv")):
                 if one.exists():
                     one.unlink()

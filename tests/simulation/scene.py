@@ -210,6 +210,30 @@ class Stage:
         found.requests = self.world.requests[asked:]
         return found
 
+    # ----- files ----------------------------------------------------------------------------------
+
+    def lose(self, *names: str) -> None:
+        """Delete files of the savepoint, "backups", or reports."""
+        for name in names:
+            if name in FILES:
+                self.checker.lose_file(FILES[name])
+            elif name == "backups":
+                self.checker.lose_backups()
+            else:
+                self.checker.reports.lose(name)
+
+    def keep(self, *names: str) -> None:
+        """Take a copy of files of the savepoint, to be put back."""
+        for name in names:
+            for tail in ("", "-journal"):
+                if Path(f"{FILES[name]}{tail}").exists():
+                    shutil.copy(f"{FILES[name]}{tail}", f"{name}.kept{tail}")
+
+    def put_back(self, *names: str) -> None:
+        """Put the copies that were kept in the files' places."""
+        for name in names:
+            self.checker.lose_file(FILES[name], Path(f"{name}.kept"), forget=name == names[-1])
+
     # ----- the end --------------------------------------------------------------------------------
 
     def leave_in_peace(self) -> None:
@@ -420,27 +444,6 @@ class Scene(Stage):
 
     def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
         self._tell = lambda: loop.call_soon(self.interrupt, run, act)
-
-    # ----- files ----------------------------------------------------------------------------------
-
-    def lose(self, name: str) -> None:
-        """Delete a file of the savepoint, "backups", or a report."""
-        if name in FILES:
-            self.checker.lose_file(FILES[name])
-        elif name == "backups":
-            self.checker.lose_backups()
-        else:
-            self.checker.reports.lose(name)
-
-    def keep(self, *names: str) -> None:
-        """Take a copy of files of the savepoint, to be put back."""
-        for name in names:
-            shutil.copy(str(FILES[name]), f"{name}.kept")
-
-    def put_back(self, *names: str) -> None:
-        """Put the copies that were kept in the files' places."""
-        for name in names:
-            self.checker.lose_file(FILES[name], Path(f"{name}.kept"), forget=name == names[-1])
 
     # ----- runs -----------------------------------------------------------------------------------
 
