@@ -79,17 +79,13 @@ class Source:
         titles = re.finditer(r"^# -{90,}\n# (\w.*)\n# -{90,}$", text, re.M)
         self.titles = [(text.count("\n", 0, one.start()) + 1, one.group(1)) for one in titles]
 
-    def first(self, node: ast.AST) -> int:
-        return self.starts[node.lineno - 1] + node.col_offset
-
-    def last(self, node: ast.AST) -> int:
-        return self.starts[node.end_lineno - 1] + node.end_col_offset
-
-    def between(self, first: int, last: int) -> str:
-        return self.data[first:last].decode("utf-8")
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """Return the bytes from and to."""
+        first = self.starts[node.lineno - 1] + node.col_offset
+        return first, self.starts[node.end_lineno - 1] + node.end_col_offset
 
     def of(self, node: ast.AST) -> str:
-        return self.between(self.first(node), self.last(node))
+        return self.data[slice(*self.span(node))].decode("utf-8")
 
     def changed_by(self, mutant: Mutant) -> str:
         before, after = self.data[: mutant.first], self.data[mutant.last :]
@@ -113,7 +109,6 @@ class Source:
 
     def changes(self, node: ast.AST) -> Iterator[tuple[str, int, int, str]]:
         """Yield what a node may become: what is done, bytes from and to, what stands there then."""
-        whole = (self.first(node), self.last(node)) if hasattr(node, "lineno") else (0, 0)
         if isinstance(node, ast.Compare):
             sign, other = COMPARISONS[type(node.ops[0])]
             yield self._replaced(node.left, node.comparators[0], sign, other)
@@ -123,38 +118,32 @@ class Source:
                 yield self._replaced(*node.values, sign, other)
         elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
             other = not node.value if isinstance(node.value, bool) else node.value * 2 + 1
-            yield (f"{node.value} is {other}", *whole, repr(other))
+            yield (f"{node.value} is {other}", *self.span(node), repr(other))
         elif isinstance(node, ast.Call):
-            yield from self._changes_of_call(node)
+            if len(node.args) == 2 and len({*map(self.of, node.args)}) == 2:
+                (first, _), (_, last) = map(self.span, node.args)
+                yield "swapped arguments", first, last, ", ".join(map(self.of, node.args[::-1]))
+            given = [*node.args[-1:], *(one.value for one in node.keywords)]
+            yield from self._dropped("keyword", given)
         elif isinstance(node, ast.Dict):
-            for before, value in zip(node.values, node.values[1:]):
-                yield "a field is dropped", self.last(before), self.last(value), ""
+            yield from self._dropped("field", node.values)
         elif isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await)):
-            yield ("no call", *whole, "pass")
+            yield ("no call", *self.span(node), "pass")
         elif isinstance(node, (ast.If, ast.While, ast.IfExp)):
-            test = self.first(node.test), self.last(node.test)
             is_guard = isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise)
-            if is_guard:
-                yield ("no guard", *test, "False")
-            else:
-                yield ("the opposite condition", *test, f"(not ({self.of(node.test)}))")
+            opposite = "False" if is_guard else f"(not ({self.of(node.test)}))"
+            yield ("no guard" if is_guard else "opposite", *self.span(node.test), opposite)
+
+    def _dropped(self, what: str, values: list[ast.expr]) -> Iterator[tuple[str, int, int, str]]:
+        for before, value in zip(values, values[1:]):
+            yield f"no {what}", self.span(before)[1], self.span(value)[1], ""
 
     def _replaced(
         self, left: ast.AST, right: ast.AST, sign: str, other: str
     ) -> tuple[str, int, int, str]:
-        first, last = self.last(left), self.first(right)
-        return f"{sign} is {other}", first, last, self.between(first, last).replace(sign, other)
-
-    def _changes_of_call(self, node: ast.Call) -> Iterator[tuple[str, int, int, str]]:
-        given = [*node.args, *(one.value for one in node.keywords)]
-        for before, keyword in zip(given[len(node.args) - 1 :], node.keywords if node.args else ()):
-            name = f"no {keyword.arg}="
-            yield name, self.last(before), self.last(keyword.value), ""
-        if len(node.args) == 2 and not any(isinstance(one, ast.Starred) for one in node.args):
-            one, other = node.args
-            swapped = f"{self.of(other)}, {self.of(one)}"
-            if self.of(one) != self.of(other):
-                yield "swapped arguments", self.first(one), self.last(other), swapped
+        first, last = self.span(left)[1], self.span(right)[0]
+        between = self.data[first:last].decode("utf-8")
+        return f"{sign} is {other}", first, last, between.replace(sign, other)
 
 
 def only_says(node: ast.Expr) -> bool:
@@ -181,11 +170,6 @@ def draw(source: Source, number: int, seed: int, section: str = "") -> list[Muta
             chosen.append(mutant)
             titles.append(titles.pop(0))
     return chosen
-
-
-# --------------------------------------------------------------------------------------------------
-# Hunting them
-# --------------------------------------------------------------------------------------------------
 
 
 def judges_of(section: str) -> dict[str, tuple[str, ...]]:

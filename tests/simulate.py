@@ -74,11 +74,6 @@ class Verdict(NamedTuple):
     seconds: float  # simulated
 
 
-# --------------------------------------------------------------------------------------------------
-# A scenario
-# --------------------------------------------------------------------------------------------------
-
-
 class Scenario(Stage):
     """An organisation, and runs over it until everything has ended, drawn from a seed."""
 
@@ -564,11 +559,6 @@ class Scenario(Stage):
         for path in sorted(Path("reports").glob("*_report_*.json")):
             if path.stem.partition("_report_")[2] not in known:
                 self.lose(path.name)
-
-
-# --------------------------------------------------------------------------------------------------
-# Playing
-# --------------------------------------------------------------------------------------------------
 
 
 def play(seed: int, module: Any, trace: bool = False) -> Verdict:

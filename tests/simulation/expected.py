@@ -63,11 +63,6 @@ def name_of(ids: Ids) -> str:
     return f"{short(ids[0])} <- {short(ids[1])}"
 
 
-# --------------------------------------------------------------------------------------------------
-# The plan
-# --------------------------------------------------------------------------------------------------
-
-
 class Row(NamedTuple):
     """One contact of an export."""
 
@@ -173,11 +168,6 @@ def greatest(organisation: Organisation, contact: str) -> int:
     return max(len(organisation.works.find([*kinds, (role, [contact])])) for role in ROLES.values())
 
 
-# --------------------------------------------------------------------------------------------------
-# The savepoint
-# --------------------------------------------------------------------------------------------------
-
-
 class StoredFile(NamedTuple):
     """What one of the savepoint's files holds."""
 
@@ -229,11 +219,6 @@ def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, 
 
 def authority(row: Mapping[str, Any]) -> Tuple[int, int, float]:
     return row["revision"], AUTHORITY.index(row["state"]), row["requested_at"]
-
-
-# --------------------------------------------------------------------------------------------------
-# What was true lately, and what a backup holds
-# --------------------------------------------------------------------------------------------------
 
 
 def changes(table: Table, since: float) -> Iterator[Tuple[str, Optional[Thing]]]:

@@ -320,11 +320,6 @@ def records(path: Any) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# --------------------------------------------------------------------------------------------------
-# Scenes
-# --------------------------------------------------------------------------------------------------
-
-
 class NetworkRule:
     """What the network does to some requests of an endpoint: see NetworkFaults."""
 

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any, DefaultDict, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from tests.fake.organisation import USER_LISTS, Table, Thing, kind_of, own_reference
 from tests.fake.trouble import Request
@@ -33,11 +33,13 @@ LOST = "nobody's edit is lost but within one round trip"
 DURABLE = "a step of an undo is in both files before its request leaves"
 
 
-class Created:
+class Created(NamedTuple):
     """A contact that an undo has created."""
 
-    def __init__(self, identity: str, email: str, reference: Optional[str], at: float) -> None:
-        self.id, self.email, self.reference, self.at = identity, email, reference, at
+    id: str
+    email: str
+    reference: Optional[str]
+    at: float
 
 
 def record_of(backup: str, contact: str) -> Any:

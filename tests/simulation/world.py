@@ -74,11 +74,6 @@ def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -
     return module
 
 
-# --------------------------------------------------------------------------------------------------
-# Time
-# --------------------------------------------------------------------------------------------------
-
-
 class Clock:
     """True time, and two clocks: the steady one stops in sleep, the wall clock can be set."""
 
@@ -189,11 +184,6 @@ def bury(loop: Loop) -> None:
     finally:
         asyncio.set_event_loop(None)
         sys.unraisablehook = hook
-
-
-# --------------------------------------------------------------------------------------------------
-# The process
-# --------------------------------------------------------------------------------------------------
 
 
 class NetworkFaults(NamedTuple):
@@ -443,11 +433,6 @@ def tear(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the first half of what was to be written."""
     whole = b"".join(chunks)
     yield whole[: len(whole) // 2]
-
-
-# --------------------------------------------------------------------------------------------------
-# The network
-# --------------------------------------------------------------------------------------------------
 
 
 async def exchange(
