@@ -54,23 +54,20 @@ HOSTILE = [
     "__proto__",
     "__REPORT" + "__ __HEADLINE__ __HASH__",
     "\u202egnp.exe",
-    "nul\x00 esc\x1b[31m line\nnext\u2028para zero\u200bwidth\ufeff tag\U000e0041",
+    "nul\x00 esc\x1b[31m\u2028para zero\u200bwidth\ufeff tag\U000e0041",
     "lone \ud800 half",
     "W" * 300,
 ]
 # What has to be seen instead of characters that are invisible or turn the text round.
 SEEN = {
-    "\u202egnp.exe": "\\u{202e}gnp.exe",
-    HOSTILE[11]: (
-        "nul\\u{0} esc\\u{1b}[31m line\\u{a}next\\u{2028}para zero\\u{200b}width\\u{feff} "
-        "tag\\u{e0041}"
-    ),
-    "lone \ud800 half": "lone \\u{d800} half",
+    HOSTILE[10]: "\\u{202e}gnp.exe",
+    HOSTILE[11]: "nul\\u{0} esc\\u{1b}[31m\\u{2028}para zero\\u{200b}width\\u{feff} tag\\u{e0041}",
+    HOSTILE[12]: "lone \\u{d800} half",
 }
 Report = Dict[str, Any]
 
 
-# -- reports, made of the module's own entries --------------------------------------------------------
+# -- reports, made of the module's own entries ---------------------------------------------------
 
 
 def entry(number: int, state: State, code: str = "", **fields: Any) -> Report:
@@ -79,11 +76,8 @@ def entry(number: int, state: State, code: str = "", **fields: Any) -> Report:
 
 
 def report_of(merged: int = 1, kind: str = "merge", **lists: List[Report]) -> Report:
-    run = {
-        "kind": kind,
-        "headline": f"{merged} of {merged} merged",
-        "start": "2025-01-31T12:00:00Z",
-    }
+    run = {"kind": kind, "headline": f"{merged} of {merged} merged"}
+    run["start"] = "2025-01-31T12:00:00Z"
     names = ("failed_merges", "unfinished_merges", "settled", "cancelled", "skipped_groups")
     summary = {"successful_merges": merged, **dict.fromkeys(names, 0)}
     merges = [entry(number, State.DONE, seconds=number % 13) for number in range(merged)]
@@ -91,9 +85,8 @@ def report_of(merged: int = 1, kind: str = "merge", **lists: List[Report]) -> Re
 
 
 def page_of(report: Report) -> bytes:
-    return b"".join(
-        page_chunks(report["run"]["kind"], report["run"]["headline"], [to_json(report)])
-    )
+    run = report["run"]
+    return b"".join(page_chunks(run["kind"], run["headline"], [to_json(report)]))
 
 
 def with_texts(value: Any, text: str) -> Any:
@@ -106,9 +99,8 @@ def with_texts(value: Any, text: str) -> Any:
 
 
 KEPT = {"code", "kind", "start", "requested", "finished", "state", "headline"}
-LEFT = [
-    {"id": "i", "display_id": "TKT-7", "title": "A title", "kind": "ticket", "role": "owned_by"}
-]
+LEFT = [{"id": "i", "display_id": "TKT-7", "title": "A title", "role": "owned_by"}]
+ANA = {"display_name": "Ana", "external_ref": "user_a"}
 EVERY_LIST = {
     "failed_merges": [entry(20, State.FAILED, "count_mismatch")],
     "unfinished_merges": [
@@ -121,7 +113,7 @@ EVERY_LIST = {
     "skipped": [
         {
             "email": "two@example.com", "code": "several_user_refs", "reason": "Two references.",
-            "advice": "Choose.", "contacts": [{"display_name": "Ana", "external_ref": "user_a"}],
+            "advice": "Choose.", "contacts": [ANA],
         }
     ],
     "look_alikes": [{"emails": ["a@example.com", "\uff41@example.com"]}],
@@ -131,17 +123,18 @@ EVERY_LIST = {
 }  # fmt: skip
 
 
-# -- without a browser --------------------------------------------------------------------------------
+# -- without a browser ---------------------------------------------------------------------------
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_makes_no_markup_of_data() -> None:
     assert len(REPORT_PAGE.splitlines()) <= 400 and REPORT_PAGE.isascii()
     assert max(map(len, REPORT_PAGE.splitlines())) <= 100
-    assert not re.search(r"https?://|@import|url\(", REPORT_PAGE)
-    assert not re.search(
-        r"(inner|outer)HTML|insertAdjacent|\.write\b|\beval\b|Function", REPORT_PAGE
-    )
-    assert not re.search(r"<(link|img|iframe|object|embed|form|base)\b|\s(src|on\w+)=", REPORT_PAGE)
+    for never in (
+        r"https?://|@import|url\(",
+        r"(inner|outer)HTML|insertAdjacent|\.write\b|\beval\b|Function",
+        r"<(link|img|iframe|object|embed|form|base)\b|\s(src|on\w+)=",
+    ):
+        assert not re.search(never, REPORT_PAGE)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -154,7 +147,7 @@ def test_the_page_holds_the_report_and_its_headline_and_no_text_ends_the_data(ho
     assert '<p class="lead">&lt;/script&gt;' in text and text.count("<script") == 2
 
 
-# -- in a browser -------------------------------------------------------------------------------------
+# -- in a browser --------------------------------------------------------------------------------
 
 
 class Browser:
@@ -226,9 +219,8 @@ class Browser:
             assert time.monotonic() < deadline, "the page was not loaded in time"
 
     def js(self, expression: str) -> Any:
-        answer = self.call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
+        how = {"returnByValue": True, "awaitPromise": True}
+        answer = self.call("Runtime.evaluate", expression=expression, **how)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -242,10 +234,9 @@ class Browser:
         loud = ("consoleAPICalled", "exceptionThrown", "entryAdded", "javascriptDialogOpening")
         found = [one for one in self.events if str(one.get("method")).endswith(loud)]
         for event in self.events:
-            if event.get("method") == "Network.requestWillBeSent":
-                found += [event] * (
-                    event["params"]["request"]["url"] not in (self.url, "about:blank")
-                )
+            asks = event.get("method") == "Network.requestWillBeSent"
+            if asks and event["params"]["request"]["url"] not in (self.url, "about:blank"):
+                found.append(event)
         return found
 
 
@@ -325,17 +316,17 @@ def test_each_list_has_its_section_with_what_happened_and_what_to_do(show: Any) 
 
 
 @needs_browser
-@pytest.mark.parametrize("state", list(STATE_WORDS))
-def test_a_pair_is_called_what_it_is_and_its_reference_set_only_where_it_is(
-    show: Any, state: State
-) -> None:
-    page = show(report_of(0, failed_merges=[entry(1, state, "left_behind")]))
+def test_a_pair_is_called_what_it_is_and_its_reference_set_only_where_it_is(show: Any) -> None:
+    pairs = [entry(number, state, "left_behind") for number, state in enumerate(STATE_WORDS)]
+    page = show(report_of(0, failed_merges=pairs))
     page.js(OPEN_ALL)
-    (details,) = page.texts("#failed .details")
-    assert f"State{STATE_WORDS[state]}" in details
-    is_set = state in (State.VERIFYING, State.DONE, State.SETTLED)
-    assert ("REVU-P1 \u2192 user_1" in details) == is_set
-    assert ("user_1not set" in details) == (not is_set)
+    found = page.texts("#failed .details")
+    for (number, state), details in zip(enumerate(STATE_WORDS), found):
+        assert f"State{STATE_WORDS[state]}" in details
+        is_set = state in (State.VERIFYING, State.DONE, State.SETTLED)
+        assert (f"REVU-P{number} \u2192 user_{number}" in details) == is_set
+        assert (f"user_{number}not set" in details) == (not is_set)
+    assert len(found) == len(STATE_WORDS)
 
 
 @needs_browser
@@ -345,19 +336,18 @@ def test_two_thousand_rows_sort_and_search_and_all_are_printed(show: Any) -> Non
     assert len(page.texts(emails)) == 200
     page.js("document.querySelector('#merged .more button').click()")
     assert len(page.texts(emails)) == 400 and "400 of 2,000 shown" in page.texts("#merged")[0]
-    for order, first in (("ascending", "person0@"), ("descending", "person1999@")):
+    for order, first in (("ascending", "p0@"), ("descending", "p1999@")):
         page.js("document.querySelector('#merged th.email button').click()")
         assert page.texts(emails)[0].startswith(first)
         assert page.js("document.querySelector('#merged th.email').ariaSort") == order
     page.js("document.querySelectorAll('#merged th button')[5].click()")
     seconds = [float(one) for one in page.texts("#merged td:nth-child(7)")]
     assert seconds == sorted(seconds) and len(seconds) == 200
-    for words, found in (("PERSON1234@ user_1234", 1), ("person9000", 1), ("no such thing", 0)):
+    for words, found in (("P1234@ user_1234", 1), ("p9000@", 1), ("no such thing", 0)):
         page.js(f"find = document.querySelector('input'), find.value = {json.dumps(words)}")
         page.js("find.dispatchEvent(new Event('input'))")
-        assert (
-            len(page.texts("tbody .email")) == found and f"{found} found" in page.texts(".tools")[0]
-        )
+        assert len(page.texts("tbody .email")) == found
+        assert f"{found} found" in page.texts(".tools")[0]
     page.js("find.value = '', find.dispatchEvent(new Event('input'))")
     page.js("addEventListener('beforeprint', () => { n = document.querySelectorAll('td.email') })")
     assert base64.b64decode(page.call("Page.printToPDF")["data"]).count(b"/Type /Page\n") > 5
@@ -391,13 +381,7 @@ def test_the_page_of_an_undo_shows_what_came_back(show: Any) -> None:
     page = show(report)
     page.js(OPEN_ALL)
     (text,) = page.texts("#undone")
-    for words in (
-        "REVU-900",
-        "TKT-7 A title",
-        "TKT-8",
-        "given to others",
-        "Created by: the primary",
-    ):
+    for words in ("REVU-900", "TKT-7 A title", "TKT-8", "given to others", "Created by: the pri"):
         assert words in text, words
     assert f"set by others{STATE_WORDS[State.DONE]}" in page.texts("#failed")[0]
     assert page.texts("h1") == ["Contact undo report"] and page.noise() == []
