@@ -234,8 +234,6 @@ def odd_answer(email: str, error: Exception) -> PairError:
 
 def escape_unprintable(text: str) -> str:
     """Escape what a terminal could act on: controls, line breaks, bidi marks, lone surrogates."""
-    if text.isprintable():
-        return text
 
     def shown(character: str) -> str:
         if character.isprintable():
@@ -268,16 +266,6 @@ def some(words: Sequence[str], most: int = 5) -> list[str]:
     if len(words) <= most:
         return list(words)
     return [*words[:most], f"and {len(words) - most:,} more"]
-
-
-def subject(body: Json) -> str:
-    """Name the contacts or objects that a request is for, in a few words."""
-    named: list[Any] = []
-    for name, value in body.items():
-        if name not in ("limit", "cursor", "type"):
-            named += value if isinstance(value, list) else [value]
-    words = [str(one).rpartition("/")[2] for one in named if not isinstance(one, dict)]
-    return f"for {', '.join(some(words, 3))}" if words else ""
 
 
 def minute(instant: str) -> str:
@@ -341,7 +329,6 @@ class HttpResponse(NamedTuple):
     data: Json | None  # the JSON object in the body; None where there is no complete one
     problem: str = ""  # in words
     sent: bool = True  # whether the request may have reached DevRev
-    is_misconfigured: bool = False  # whether a setting of this machine keeps it from being sent
 
 
 class Environment:
@@ -381,13 +368,11 @@ class Environment:
         self._transport = self._transport or HttpTransport(self.settings)
         limit = min(deadline or math.inf, 10 * self.settings.timeout)
         work = self.run_in_thread(self._transport.post, endpoint, body, limit)
-        answer = asyncio.ensure_future(work)
-        await asyncio.wait({answer}, timeout=limit)
-        if answer.done():
-            return answer.result()
-        answer.cancel()  # and leave its thread alone
-        log.debug("%s -> no complete answer in %g s", endpoint, limit)
-        return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
+        try:
+            return await asyncio.wait_for(work, limit)  # and leave its thread alone
+        except asyncio.TimeoutError:
+            log.debug("%s -> no complete answer in %g s", endpoint, limit)
+            return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
 
     async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
         """Have a daemon thread of its own do what blocks, so that it never delays the exit."""
@@ -477,13 +462,9 @@ class Environment:
         A link is followed. Raises OSError, and FatalError(2) where a folder is a stranger's.
         """
         for folder in [*reversed(path.parents), path]:
-            if not os.path.lexists(str(folder)):
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir(mode=0o700)
-                    self.fsync_dir(folder.parent)
             if not folder.is_dir():
-                words = "it is no folder, and one is needed; move it away"
-                raise NotADirectoryError(errno.ENOTDIR, words, str(folder))
+                folder.mkdir(mode=0o700, exist_ok=True)
+                self.fsync_dir(folder.parent)
             if folder != Path() and not folder.is_absolute():
                 check_owner(folder)
             if folder in (BACKUPS, LOGS, REPORTS):
@@ -595,35 +576,15 @@ def parse_body(status: int, content: bytes, settings: ApiSettings) -> tuple[Json
 
     HTML of a gateway is no answer of DevRev's.
     """
-    try:
+    data = None
+    with contextlib.suppress(ValueError, RecursionError):
         data = json.loads(content)
-    except (ValueError, RecursionError):
-        return None, f"{status} with a body that is not complete JSON"
     if not isinstance(data, dict):
-        return None, f"{status} with JSON that is not an object"
+        return None, f"{status} without a JSON object: not DevRev's, but a proxy's or firewall's?"
     if 200 <= status < 300:
         return data, ""
     words = " ".join(str(data[name]) for name in ("message", "detail") if data.get(name))
     return data, settings.mask(words)[:500] or f"status {status}"
-
-
-def decompress(content: bytes, encoding: str, limit: int) -> bytes:
-    """Return what a body holds. Raises ValueError where it is more than `limit` bytes, zlib.error.
-
-    None was asked for, but a gateway may compress all the same. An encoding in another one is
-    refused: each would multiply the size by a thousand.
-    """
-    if encoding in ("", "identity"):
-        return content
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise ValueError(f"its encoding is {encoding}")
-    # Some servers send deflate without the header of zlib, whose first byte is 0x78.
-    has_header = content[:1] in (b"\x1f", b"\x78")
-    decoder = zlib.decompressobj(32 + zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
-    plain = decoder.decompress(content, limit + 1)
-    if len(plain) > limit:
-        raise ValueError(f"it has more than {limit >> 20} MiB")
-    return plain
 
 
 class HttpTransport:
@@ -642,7 +603,6 @@ class HttpTransport:
         session.resolve_redirects = lambda *_args, **_more: iter(())  # type: ignore[method-assign]
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0)
         session.mount(settings.base_url, adapter)
-        self._has_answered = False  # then no setting of this machine is at fault
         self._headers = {
             "Authorization": f"Bearer {settings.token}",
             "User-Agent": f"merge_contacts/{__version__}",
@@ -685,42 +645,39 @@ class HttpTransport:
             with self.session.send(
                 prepared.prepare(), timeout=timeouts, allow_redirects=False, stream=True
             ) as answer:
-                self._has_answered = True
                 response = HttpResponse(answer.status_code, answer.headers, None)
                 data, problem = self._read(answer, started + limit)
                 response = response._replace(data=data, problem=problem)
         except (OSError, ValueError, HTTPError) as error:  # of requests, or below it
             response = self._explained(response, error)
-        what = f"{endpoint} {subject(body)}".rstrip()
-        outcome = str(response.status or "no answer")
-        if response.problem:
-            outcome += f" ({response.problem})"
-        log.debug("%s -> %s in %.3f s", what, outcome, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        said = (response.status, seconds, response.problem)
+        log.debug("%s %.200s -> %s in %.3f s %s", endpoint, body, *said)
         return response
 
     def _read(self, answer: Any, deadline: float) -> tuple[Json | None, str]:
-        """Read a body, as `parse_body` does. urllib3 would decode it without a limit."""
+        """Read a body, as `parse_body` does. urllib3 would decode it without a limit.
+
+        No encoding was asked for, but a gateway may compress all the same.
+        """
         content = bytearray()
         encoding = answer.headers.get("Content-Encoding", "").strip().lower()
+        decoder = zlib.decompressobj(32 + zlib.MAX_WBITS)  # of gzip and deflate
         try:
             for chunk in answer.raw.stream(self.CHUNK, decode_content=False):
+                if encoding not in ("", "identity"):
+                    chunk = decoder.decompress(chunk, self.MAX_BODY + 1)
                 content += chunk
                 # A body in small pieces is never silent.
                 if len(content) > self.MAX_BODY or time.monotonic() > deadline:
                     raise ValueError(f"no end within {self.MAX_BODY >> 20} MiB and the deadline")
-            plain = decompress(bytes(content), encoding, self.MAX_BODY)
         except (ValueError, zlib.error) as error:
             return None, f"{answer.status_code} with a body that can't be used: {error}"
-        return parse_body(answer.status_code, plain, self.settings)
+        return parse_body(answer.status_code, bytes(content), self.settings)
 
-    # How exceptions of the library name a request that can't have reached DevRev, and those of
-    # them for which no retry helps.
+    # How exceptions of the library name a request that can't have reached DevRev.
     NOT_SENT = re.compile(
         "NewConnectionError|NameResolution|ConnectTimeout|Tunnel connection failed"
-    )
-    MISCONFIGURED = re.compile(
-        "CERTIFICATE_VERIFY|CertificateError|X509|connection failed: 407"
-        "|InvalidURL|InvalidProxyURL|InvalidSchema|suitable TLS CA"
     )
 
     def _explained(self, response: HttpResponse, error: Exception) -> HttpResponse:
@@ -735,16 +692,8 @@ class HttpTransport:
         text = re.sub(r"//\S*@", "//", str(reason)) or type(reason).__name__
         if "URL(" in words:
             text = text.partition(": ")[0]  # what follows may be the password of a proxy
-        is_setting = bool(self.MISCONFIGURED.search(words))
-        if response.status is not None:
-            return response._replace(problem=f"the connection broke: {text}")
-        if not is_setting and not self.NOT_SENT.search(words):
-            return response._replace(problem=f"no answer: {text}")
-        problem = f"no connection to {urlsplit(self.settings.base_url).netloc}: {text}"
-        if self._has_answered:  # then no setting of this machine is at fault
-            return response._replace(problem=problem, sent=False)
-        problem += "; see HTTPS_PROXY (proxy) and REQUESTS_CA_BUNDLE (certificate authorities)"
-        return response._replace(problem=problem, sent=False, is_misconfigured=is_setting)
+        sent = not self.NOT_SENT.search(words)
+        return response._replace(problem=f"no complete answer: {text}", sent=sent)
 
 
 class CancelToken:
@@ -2594,7 +2543,7 @@ FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)
 
 
 class Backoff:
-    """Pauses in seconds: `first`, then each `factor` times as long as the last, up to `longest`."""
+    """Pauses in seconds, each `factor` times as long as the last, up to `longest`."""
 
     def __init__(
         self,
@@ -2602,7 +2551,6 @@ class Backoff:
         longest: float,
         factor: float = 2.0,
     ) -> None:
-        self.first = first
         self.longest = longest
         self.factor = factor
         self._next = first
@@ -2611,9 +2559,6 @@ class Backoff:
         pause = self._next
         self._next = min(self.longest, self.factor * pause)
         return pause
-
-    def reset(self) -> None:
-        self._next = self.first
 
 
 class FreshRead:
@@ -2634,12 +2579,9 @@ class FreshRead:
         self.environment = environment
         self.since = sent if slept > self.LIMIT else now
 
-    def is_over(self) -> bool:
-        return self.environment.age(self.since) > self.LIMIT
-
     def require(self) -> None:
         """Raise PreconditionsExpired where the write must not be sent any more."""
-        if self.is_over():
+        if self.environment.age(self.since) > self.LIMIT:
             raise PreconditionsExpired()
 
 
@@ -2653,20 +2595,26 @@ async def until_fresh(read_and_write: Callable[[], Awaitable[T]]) -> T:
 
 
 class RequestOptions(NamedTuple):
-    """How a request is queued."""
+    """How a request is queued and sent."""
 
     priority: int = PREPARE
     units: int = 1  # of quota that must be left: its own, and those of what follows it
     merge: tuple[str, str] | None = None  # ids of the pair whose merge it requests or finishes
     rests_on: FreshRead | None = None  # where that is over, the request is not sent
+    deadline: float | None = None  # seconds, after which its caller repeats it
+    # Awaited when it may be sent; what that raises keeps it from being sent.
+    before: Callable[[], Awaitable[None]] | None = None
 
 
 ANY_OPTIONS = RequestOptions()
 
 
+PLAIN_NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
+
+
 class AnnouncedQuota(NamedTuple):
-    limit: int
-    remaining: int
+    limit: float
+    remaining: float
     reset: float  # epoch seconds, by DevRev's clock
 
 
@@ -2676,23 +2624,19 @@ def announced_quota(headers: Mapping[str, str]) -> AnnouncedQuota | None:
     Gateways send -1 or texts for "none", and a number of 400 digits must not become a float.
     """
     names = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
-    patterns = ("0*[1-9][0-9]{0,8}", "[0-9]{1,9}", r"[0-9]{1,12}(\.[0-9]{1,9})?")
     texts = [str(headers.get(name, "")).strip() for name in names]
-    if not all(map(re.fullmatch, patterns, texts)):
+    if not all(PLAIN_NUMBER.fullmatch(text) for text in texts):
         return None
-    limit = int(texts[0])
-    return AnnouncedQuota(limit, min(int(texts[1]), limit), float(texts[2]))
+    return AnnouncedQuota(*map(float, texts))
 
 
-def retry_after(response: HttpResponse, server_time: float) -> float | None:
+def retry_after(response: HttpResponse) -> float:
     """Return the seconds that a 429 asks to wait, by its header or, without one, by its body."""
-    text = str(response.headers.get("Retry-After", "")).strip()
-    for value in (text, str((response.data or {}).get("retry_after", ""))):
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
-            return float(value)
-        with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
-            return parsedate_to_datetime(value).timestamp() - server_time
-    return None
+    for value in (response.headers.get("Retry-After"), (response.data or {}).get("retry_after")):
+        text = str(value).strip()
+        if PLAIN_NUMBER.fullmatch(text):
+            return float(text)
+    return 0.0
 
 
 class QuotaWindow:
@@ -2708,13 +2652,12 @@ class QuotaWindow:
     MARGIN = 0.01  # seconds
 
     def __init__(self) -> None:
-        self.limit: int | None = None  # None: none was announced
-        self.remaining: int | None = None  # None: not known, as at the start of a window
+        self.limit: float | None = None  # None: none was announced
+        self.remaining: float | None = None  # None: not known, as at the start of a window
         self.length = 0.0  # seconds, the longest that was seen
         self.resets_at = 0.0
-        self._reset = (
-            0.0  # of the answer that `remaining` is from, in epoch seconds of DevRev's clock
-        )
+        # Of the answer that `remaining` is from, in epoch seconds of DevRev's clock.
+        self._reset = 0.0
 
     @property
     def is_unknown(self) -> bool:
@@ -2772,7 +2715,6 @@ class ClientLimit:
 
         self.calls = calls
         self.period = period
-        self._clock = clock
         self._limit: Any = RateLimitDecorator(calls, period, clock=clock)
         self.count: Callable[[], None] = self._limit(lambda: None)  # one more call
 
@@ -2783,7 +2725,7 @@ class ClientLimit:
 
     def seconds_left(self) -> float:
         # The package rounds in the same way: it raises where it takes a period for not yet over.
-        return float(self.period - (self._clock() - self._limit.last_reset))
+        return float(self.period - (self._limit.clock() - self._limit.last_reset))
 
 
 class CircuitBreaker:
@@ -2795,20 +2737,17 @@ class CircuitBreaker:
 
     THRESHOLD = 3  # failures in a row
     LONGEST = 3600.0  # seconds that a 429 may ask for
+    MOST_OVER_QUOTA = 20  # in a row, with pauses that come to minutes
 
     def __init__(self, retries: int) -> None:
         self.most_failures = self.THRESHOLD + retries
-        self.most_over_quota = 10 + 2 * retries  # with pauses that come to minutes
         self.open_until = 0.0
-        self._failure_pauses = Backoff(0.5, 10.0)
-        self._quota_pauses = Backoff(0.1, 30.0)
         self.close()
 
     def close(self) -> None:
         self.failures_in_a_row = 0
         self.over_quota_in_a_row = 0
-        self._failure_pauses.reset()
-        self._quota_pauses.reset()
+        self._pauses = Backoff(0.5, 30.0)
 
     @property
     def seems_down(self) -> bool:
@@ -2834,17 +2773,17 @@ class CircuitBreaker:
                 self.open_until = max(self.open_until, now + min(self.LONGEST, pause))
         elif status == 429:
             self.over_quota_in_a_row += 1
-            least = self._quota_pauses.next()
+            least = self._pauses.next()
             self.open_until = now + max(least, min(self.LONGEST, pause))
         elif status is None or status >= 500:
             self.failures_in_a_row += 1
             if self.seems_down:
-                self.open_until = now + self._failure_pauses.next()
+                self.open_until = now + self._pauses.next()
         else:
             self.close()
         if self.failures_in_a_row > self.most_failures:
             return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
-        if self.over_quota_in_a_row > self.most_over_quota:
+        if self.over_quota_in_a_row > self.MOST_OVER_QUOTA:
             return "keeps answering 429 (over quota), however long one waits"
         return ""
 
@@ -2867,12 +2806,11 @@ class RequestScheduler:
     what finishes a merge. Times are monotonic seconds.
     """
 
-    SLOW_REQUEST = 0.5  # seconds; longer ones leave a worker to what finishes a merge
     PART = 4  # of a window one merge holds at most a quarter,
     LEAST = 4  # but so many units at least
     OTHERS = 5  # a fifth of the quota is left to others where no client-side limit is set,
     FEWER = 20  # a twentieth where they use so much that it would let nothing leave
-    UNANNOUNCED = 200, 60.0  # calls in seconds, until DevRev has announced a quota
+    UNANNOUNCED = 200  # calls in a period, until DevRev has announced a quota
     QUOTA = "quota"  # what requests wait for
     CLIENT_LIMIT = "client-side rate limit"
     FAILURES = "DevRev fails"
@@ -2890,14 +2828,12 @@ class RequestScheduler:
         self.quota = QuotaWindow()
         self.breaker = CircuitBreaker(settings.retries)
         self.waiting_for = ""
+        self.wait_ends = 0.0
         self.leaves_a_share = settings.calls is None
-        calls = settings.calls
-        period = settings.period
-        if calls is None:
-            calls, period = self.UNANNOUNCED
-        self._client_limit: ClientLimit | None = None
-        if calls > 0:
-            self._client_limit = ClientLimit(calls, period, lambda: environment.now().monotonic)
+        calls = self.UNANNOUNCED if settings.calls is None else settings.calls
+        self.client_limit: ClientLimit | None = None
+        if calls:
+            self.client_limit = ClientLimit(calls, settings.period, self._now)
         self._queue: list[QueuedRequest] = []
         self._serial = 0
         self._in_flight = 0
@@ -2906,25 +2842,19 @@ class RequestScheduler:
         self._has_sent = False  # in this window, beside what finishes merges or asks for the rest
         self._is_asking = False  # a request in flight finds out what is left, or is a probe
         self._merges: set[tuple[str, str]] = set()  # in flight
-        self._units_per_merge = 0
+        self._units_per_merge = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._longest = 0.0  # seconds that a request has taken lately
-        self._waited: dict[str, float] = collections.defaultdict(float)  # seconds by reason
+        self._waited = 0.0  # seconds, for DevRev's quota or the client-side limit
         self._noted_at = 0.0
 
-    @property
-    def client_limit(self) -> ClientLimit | None:
-        """The client-side limit that holds now: an announced quota takes the default's place."""
-        if self.leaves_a_share and self.quota.limit is not None:
-            return None
-        return self._client_limit
+    def _now(self) -> float:
+        return self.environment.now().monotonic
 
     def quota_seen(self) -> Json | None:
         """The quota that DevRev has announced, None where it has not."""
         if self.quota.limit is None:
             return None
-        digits = None if self.quota.length >= 30 else 1
-        return {"limit": self.quota.limit, "window_seconds": round(self.quota.length, digits)}
+        return {"limit": int(self.quota.limit), "window_seconds": round(self.quota.length, 1)}
 
     # -- what leaves when --------------------------------------------------------------------------
 
@@ -2943,6 +2873,7 @@ class RequestScheduler:
         wait, reason = self._release()
         if reason != self.waiting_for:
             self._note_wait(reason)
+        self.wait_ends = self._now() + wait
         if wait:
             loop = asyncio.get_event_loop()
             self._timer = loop.call_later(max(0.001, wait), self._dispatch)
@@ -2953,7 +2884,7 @@ class RequestScheduler:
         Return the seconds until the next may leave, and what it waits for; 0 where an answer tells.
         """
         while self._queue and self._has_slot(self._queue[0].priority):
-            now = self.environment.now().monotonic
+            now = self._now()
             if now < self.breaker.open_until:
                 reason = self.QUOTA if self.breaker.over_quota_in_a_row else self.FAILURES
                 return self.breaker.open_until - now, reason
@@ -2965,7 +2896,7 @@ class RequestScheduler:
             if request is None:
                 if 1 <= self.quota.room(self._in_flight) <= self.share_of_others():
                     self._share_held_back = True
-                return self.seconds_until_room()
+                return self._seconds_until_room()
             self._queue.remove(request)
             if not request.future.done():  # by a cancellation
                 self._let_leave(request)
@@ -3004,12 +2935,10 @@ class RequestScheduler:
     def _has_slot(self, priority: int) -> bool:
         """Whether another may be in flight; after a failure fewer, until one is answered well.
 
-        While a merge is in flight, lists and timelines that take long leave a worker to what
-        finishes it.
+        While a merge is in flight, lists and timelines leave a worker to what finishes it.
         """
-        slots = self.workers >> min(self.breaker.failures_in_a_row, 4)
-        is_slow = self._longest > self.SLOW_REQUEST
-        if priority == PREPARE and self._merges and is_slow and self.workers > 1:
+        slots = self.workers >> self.breaker.failures_in_a_row
+        if priority == PREPARE and self._merges:
             slots -= 1
         return self._in_flight < max(1, slots)
 
@@ -3030,23 +2959,19 @@ class RequestScheduler:
             return room >= 1
         return room >= self._units_needed(options) and left > self.share_of_others()
 
-    def can_hold(self, units: int) -> bool:
-        """Whether so many units are ever there at once."""
-        return self._units_needed(RequestOptions(units=units)) == units
-
-    def _window(self) -> int:
+    def _window(self) -> float:
         """The most units that can be there at once."""
-        window = self.quota.limit or sys.maxsize
+        window = self.quota.limit or math.inf
         if self.others == self.FEWER:
-            window //= self.OTHERS
+            window /= self.OTHERS
         if self.client_limit:
             window = min(window, self.client_limit.calls)
         return window
 
-    def _units_needed(self, options: RequestOptions) -> int:
+    def _units_needed(self, options: RequestOptions) -> float:
         """The units that a request asks for, as far as a window can hold them."""
         window = self._window()
-        return min(options.units, max(self.LEAST, window // self.PART), window)
+        return min(options.units, max(self.LEAST, window / self.PART), window)
 
     def end_merge(self, merge: tuple[str, str]) -> None:
         """Note that a merge needs no more units: it has its reference, or others need not wait."""
@@ -3071,13 +2996,12 @@ class RequestScheduler:
             return 0.0
         return (self.quota.limit or 0) / self.others
 
-    def seconds_until_room(self) -> tuple[float, str]:
+    def _seconds_until_room(self) -> tuple[float, str]:
         """Seconds until more units may be spent, and what limits them now."""
-        now = self.environment.now().monotonic
         limit = self.client_limit
         left = self.quota.room(self._in_flight) - self.share_of_others()
         if limit is None or left <= limit.room():
-            return max(0.001, self.quota.resets_at - now), self.QUOTA
+            return max(0.001, self.quota.resets_at - self._now()), self.QUOTA
         seconds = limit.seconds_left()
         if seconds > 0:
             return max(0.001, seconds), self.CLIENT_LIMIT
@@ -3086,25 +3010,21 @@ class RequestScheduler:
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def on_response(
-        self,
-        response: HttpResponse,
-        seconds: float,
-        usable: bool,
-    ) -> None:
-        """Note an answer, how long it took, and whether it is of use where its status is good."""
-        now = self.environment.now().monotonic
-        server_time = self._server_time(response)
+    def on_response(self, response: HttpResponse, usable: bool) -> None:
+        """Note an answer, and whether it is of use where its status is good."""
+        now = self._now()
         self._in_flight -= 1
         self._is_asking = False
-        self._longest = max(seconds, 0.95 * self._longest)
-        self.quota.on_response(response, now, server_time)
+        self.quota.on_response(response, now, self._server_time(response))
+        if self.leaves_a_share and self.quota.limit is not None:
+            self.client_limit = None  # an announced quota takes the default's place
         status = response.status
         if status is not None and 200 <= status < 300 and not usable:
             status = None
-        pause = 0.0
-        if status == 429:
-            pause = self._seconds_over_quota(response, now, server_time)
+        # Where a 429 does not say how long to wait: until the window is over.
+        pause = retry_after(response)
+        if not pause and self.quota.remaining == 0:
+            pause = self.quota.resets_at - now
         words = self.breaker.on_response(status, pause, now)
         if words:
             self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"DevRev at {self.host} {words}"))
@@ -3113,49 +3033,29 @@ class RequestScheduler:
     def _server_time(self, response: HttpResponse) -> float:
         """The time by DevRev's clock, in epoch seconds."""
         wall = self.environment.now().wall
-        with contextlib.suppress(
-            KeyError,
-            TypeError,
-            ValueError,
-            IndexError,
-            OverflowError,
-        ):
+        with contextlib.suppress(*ODD_ANSWER, OverflowError):
             # The Date header has whole seconds, so small differences are noise.
             skew = parsedate_to_datetime(response.headers["Date"]).timestamp() + 0.5 - wall
             if abs(skew) > 2:
                 return wall + skew
         return wall
 
-    def _seconds_over_quota(
-        self,
-        response: HttpResponse,
-        now: float,
-        server_time: float,
-    ) -> float:
-        """How long a 429 asks to wait; where it does not say, until the window is over."""
-        pause = retry_after(response, server_time)
-        if pause is not None:
-            return pause
-        if self.quota.remaining == 0:
-            return self.quota.resets_at - now
-        return 0.5
-
     # -- waits -------------------------------------------------------------------------------------
 
     def _note_wait(self, reason: str) -> None:
         """Note what requests wait for from now on, "" where they don't."""
-        now = self.environment.now().monotonic
+        now = self._now()
         if self.waiting_for:
-            seconds = now - self._noted_at
-            self._waited[self.waiting_for] += seconds
-            log.debug("waited %.3f s (%s)", seconds, self.waiting_for)
+            log.debug("waited %.3f s (%s)", now - self._noted_at, self.waiting_for)
+        if self.waiting_for in (self.QUOTA, self.CLIENT_LIMIT):
+            self._waited += now - self._noted_at
         self.waiting_for = reason
         self._noted_at = now
 
     def quota_wait_seconds(self) -> float:
         """Seconds waited for DevRev's quota or the client-side limit, the present wait included."""
         self._note_wait(self.waiting_for)
-        return self._waited[self.QUOTA] + self._waited[self.CLIENT_LIMIT]
+        return self._waited
 
 
 def requests_per_minute(scheduler: RequestScheduler) -> float:
@@ -3173,23 +3073,16 @@ def requests_per_minute(scheduler: RequestScheduler) -> float:
 def describe_wait(scheduler: RequestScheduler) -> str:
     """Say what requests wait for, or how much quota is left; "" where neither is known."""
     quota = scheduler.quota
-    limit = scheduler.client_limit
     why = scheduler.waiting_for
     if not why:
-        return "" if quota.remaining is None else f"{quota.remaining} of {quota.limit} units left"
-    wait = scheduler.breaker.open_until - scheduler.environment.now().monotonic
-    if wait <= 0:
-        wait = scheduler.seconds_until_room()[0]
-    elif scheduler.breaker.over_quota_in_a_row > 1:
-        why = f"{scheduler.breaker.over_quota_in_a_row} answers in a row were 429, over quota"
+        if quota.remaining is None:
+            return ""
+        return f"{quota.remaining:,.0f} of {quota.limit:,.0f} units left"
+    wait = scheduler.wait_ends - scheduler.environment.now().monotonic
     if wait <= 0.5:
         return ""
-    if why == scheduler.CLIENT_LIMIT and limit:
-        why = f"{why} {limit.calls} in {limit.period:g} s"
-    elif why == scheduler.QUOTA and quota.limit:
-        why = f"quota {quota.limit:,} of DevRev's"
-        if scheduler.others == scheduler.FEWER:
-            why += ", which other programs use; a twentieth is left to them"
+    if scheduler.others == scheduler.FEWER:
+        why += ", which other programs use; a twentieth is left to them"
     return f"waiting {duration(wait)} ({why})"
 
 
@@ -3202,11 +3095,6 @@ ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"
 TICKETS_AND_ISSUES = ("ticket", "issue")
 # DevRev's description does not promise that lists take them, and a token may not be allowed to.
 OTHER_WORKS = ("task", "incident", "opportunity")
-DEAD_TOKENS = {
-    "token_expired": "the token has expired",
-    "token_revoked": "the token was revoked",
-    "dev_org_deactivated": "the token's organisation is deactivated",
-}
 
 
 @dataclass
@@ -3307,28 +3195,17 @@ def duplicate_status(user: Json, primary: str, duplicate: Contact) -> DuplicateS
     return DuplicateStatus.CHANGED
 
 
-# What changes DevRev, and whether it may be repeated where its answer is lost: the people of an
-# object may be others by then, and only a later read tells what became of a merge or a new contact.
-WRITES = {
-    "rev-users.update": True,
-    "rev-users.merge": False,
-    "rev-users.create": False,
-    "works.update": False,
-    "conversations.update": False,
-}
-
-
+# Of what changes DevRev, this may be repeated where its answer is lost. The people of an object may
+# be others by then, and only a later read tells what became of a merge or a new contact.
+REPEATABLE_WRITE = "rev-users.update"
+WRITES = (
+    REPEATABLE_WRITE,
+    "rev-users.merge",
+    "rev-users.create",
+    "works.update",
+    "conversations.update",
+)
 PROBE = "dev-users.self"
-# What refuses a page with a cursor, where the page before was answered.
-CURSOR_REFUSED = (400, 404, 410, 422)
-
-
-class IncompleteList(NoUsableResponse):
-    """A list can't be read to its end: it shifts or goes in circles, or its cursors expire."""
-
-
-class RefusedInFront(NoUsableResponse):
-    """Something in front of DevRev, a firewall or proxy, refuses a request."""
 
 
 class Reading:
@@ -3341,17 +3218,18 @@ class Reading:
         self.seen: set[int] = set()  # hashes of ids
         self.cursors: set[str] = set()
         self.has_shifted = False  # an item was on two pages, so another may have been on none
-        self.has_repeated = False  # a whole page came again, perhaps in place of another
+        self.has_gaps = False  # a page came again, perhaps in place of another, or none came
         self._stale = 0
         self._empty = 0
 
     def add(self, ids: set[int], next_cursor: str) -> bool:
         """Note a page; return whether the list goes in circles."""
-        self.has_shifted = self.has_shifted or not ids.isdisjoint(self.seen)
+        if not ids.isdisjoint(self.seen):
+            self.has_shifted = True
         if not ids:
             self._empty += 1
         elif ids <= self.seen:
-            self.has_repeated = True
+            self.has_gaps = True
             self._stale += 1
         else:
             self._stale = 0
@@ -3372,12 +3250,12 @@ class DevRevAPI:
 
     Requests leave when the scheduler lets them, and again where that is safe; lists are read page
     by page. Every method raises ApiError (a definite no), NoUsableResponse (none after the
-    retries), PermissionDenied (the token is not accepted), Cancelled (the run stops, and the
-    request was not sent), or FatalError (no proxy, no certificates).
+    retries), PermissionDenied (the token is not accepted), or Cancelled (the run stops, and the
+    request was not sent).
     """
 
     READINGS = 4  # of a list that shifts
-    MOST_OVER_QUOTA = 35  # 429s in a row to one endpoint
+    MOST_OVER_QUOTA = 35  # 429s to one request
 
     def __init__(
         self,
@@ -3390,9 +3268,9 @@ class DevRevAPI:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: dict[str, int] = collections.Counter()
-        self._over_quota: dict[str, int] = collections.Counter()  # 429s in a row by endpoint
+
         self.writes = 0  # requests that may have changed DevRev
-        self.work_kinds: tuple[str, ...] = TICKETS_AND_ISSUES + OTHER_WORKS  # that lists name
+        self.work_kinds = [*TICKETS_AND_ISSUES, *OTHER_WORKS]  # that lists name
         self.warnings: list[str] = []  # of what the token can't see
         self._kinds_are_known = False
         self._finding_kinds = asyncio.Lock()
@@ -3420,51 +3298,32 @@ class DevRevAPI:
         body: Json,
         key: str = "",
         options: RequestOptions = ANY_OPTIONS,
-        deadline: float | None = None,
-        before: Callable[[], Awaitable[None]] | None = None,
     ) -> tuple[Json, Timestamp]:
         """POST, and return the answer's JSON object, which holds `key`, and when it was sent.
 
-        Without `key` any 2xx will do. `before` is awaited when the request may be sent, and what
-        it raises keeps it from being sent. Where it is safe, a request is repeated with growing,
-        jittered pauses. A write that is not repeatable, or a request with a `deadline` of its own
-        (in seconds, after which its caller repeats it), is sent again only where it can't have
-        been acted on: no connection was made, or it was over quota.
+        Without `key` any 2xx will do. Where it is safe, a request is repeated with growing,
+        jittered pauses. A write that is not repeatable, or a request with a deadline of its own, is
+        sent again only where it can't have been acted on: no connection was made, or it was over
+        quota.
         """
         pauses = Backoff(0.2, 8.0)
         attempts = 0
+        over_quota = 0
+        is_once = options.deadline is not None
+        if is_write(endpoint, body) and endpoint != REPEATABLE_WRITE:
+            is_once = True
         while True:
-            answer, since = await self._send(
-                endpoint,
-                body,
-                key,
-                options,
-                deadline,
-                before,
-            )
-            if answer.status != 429:
-                self._over_quota[endpoint] = 0
+            answer, since = await self._send(endpoint, body, key, options)
             if is_good(answer, key):
                 return answer.data or {}, since
             if answer.status == 429:  # the scheduler holds the next one back
-                self._over_quota[endpoint] += 1
-                if self._over_quota[endpoint] > self.MOST_OVER_QUOTA:
-                    words = "over quota, however long one waits"
-                    raise ApiError(endpoint, 429, words, answer.data or {})
+                over_quota += 1
+                if over_quota > self.MOST_OVER_QUOTA:
+                    raise ApiError(endpoint, 429, "over quota, however long one waits", {})
                 continue
             attempts += 1
-            most = 1 if is_refused_in_front(answer) else self.settings.retries
-            is_once = deadline is not None
-            if is_write(endpoint, body):
-                is_once = is_once or not WRITES[endpoint]
-            is_final = attempts > most or (answer.sent and is_once)
-            problem = problem_of(
-                endpoint,
-                body,
-                answer,
-                self.settings,
-                is_final,
-            )
+            is_final = attempts > self.settings.retries or (answer.sent and is_once)
+            problem = self._problem_of(endpoint, body, answer, is_final)
             if isinstance(problem, FatalError):
                 self.cancel_token.cancel(problem)  # nothing more is sent
             if problem:
@@ -3477,60 +3336,65 @@ class DevRevAPI:
         body: Json,
         key: str,
         options: RequestOptions,
-        deadline: float | None,
-        before: Callable[[], Awaitable[None]] | None,
     ) -> tuple[HttpResponse, Timestamp]:
         """Send a request once it may leave; return the answer, and when it was sent."""
         await self.scheduler.acquire(options)
-        if self.scheduler.breaker.seems_down and endpoint != PROBE:
+        while self.scheduler.breaker.seems_down and endpoint != PROBE:
             # One object's requests may fail for good; one that names none shows if DevRev is down.
             self.scheduler.give_back()
-            shown, _ = await self._send(
-                PROBE,
-                {},
-                "dev_user",
-                options,
-                None,
-                None,
-            )
-            if not is_good(shown, "dev_user"):
-                problem = problem_of(
-                    PROBE,
-                    {},
-                    shown,
-                    self.settings,
-                    False,
-                )
-                if isinstance(problem, FatalError):
-                    self.cancel_token.cancel(problem)
-            return await self._send(
-                endpoint,
-                body,
-                key,
-                options,
-                deadline,
-                before,
-            )
+            probe = options._replace(deadline=None, before=None)
+            with contextlib.suppress(ApiError, NoUsableResponse):
+                await self._call(PROBE, {}, "dev_user", probe)
+            await self.scheduler.acquire(options)
         writes = is_write(endpoint, body)
         try:
             self.cancel_token.raise_if_cancelled()
-            if before:
-                await before()
-            # A window of one unit can't hold a read and its write.
-            if writes and options.rests_on and self.scheduler.can_hold(2):
+            if options.before:
+                await options.before()
+            if writes and options.rests_on:
                 options.rests_on.require()
             self.requests[endpoint] += 1
             self.writes += writes
             since = self.environment.now()
-            answer = await self.environment.post(endpoint, body, deadline)
+            answer = await self.environment.post(endpoint, body, options.deadline)
         except BaseException:
             self.scheduler.give_back()
             raise
         if writes and (not answer.sent or answer.status in (401, 403, 429)):
             self.writes -= 1
-        is_usable = not key or answer.data is not None
-        self.scheduler.on_response(answer, self.environment.elapsed(since), is_usable)
+        self.scheduler.on_response(answer, not key or answer.data is not None)
         return answer, since
+
+    def _problem_of(
+        self,
+        endpoint: str,
+        body: Json,
+        answer: HttpResponse,
+        is_final: bool,
+    ) -> Exception | None:
+        """Return what an answer that is no good means; None where the request may be repeated.
+
+        A FatalError where every request would be refused, an ApiError for a definite no: only
+        DevRev's JSON is one.
+        """
+        status = answer.status or 0
+        if 300 <= status < 400:
+            location = self.settings.mask(str(answer.headers.get("Location", "")))
+            words = f"redirected to {location or 'nowhere'}"
+            return ApiError(endpoint, status, words, {"location": location})
+        words = answer.problem
+        if answer.data is None or not 400 <= status < 500 or status == 408:
+            if not is_final:
+                return None
+            words = words or "its answer does not hold what was asked for"
+            return NoUsableResponse(endpoint, words)
+        if status == 401:
+            words = f"DevRev does not accept the token (401: {words.rstrip('.')})"
+            advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
+            return PermissionDenied(EXIT_STOPPED, f"{words}; {advice}")
+        if status == 403:
+            words += forbidden_words(endpoint, body, answer.data)
+        return ApiError(endpoint, status, words, answer.data)
 
     async def pages(
         self,
@@ -3554,70 +3418,45 @@ class DevRevAPI:
         """Yield the pages of a list, without items that were on earlier ones.
 
         An item on two pages shows that the list has shifted: it is read again until a reading adds
-        nothing. A cursor that is refused has expired: the list is read again, once. Raises
-        IncompleteList where that does not help, or where the list goes in circles.
+        nothing. So is one whose cursor is refused, because it has expired. Raises NoUsableResponse
+        where that does not help, or where the list goes in circles.
         """
         known: set[int] = set()  # hashes of ids, of all readings
-        has_shifted = has_expired = False
-        number = 1  # of the reading
-        while number <= self.READINGS:
-            if known:
-                log.info("%s: reading the list again", endpoint)
+        has_shifted = False
+        for number in range(1, self.READINGS + 1):
             reading = Reading()
             before = len(known)
             # Where always the same page is left out, others are with another length.
             page = {"limit": PAGE // number, **body}
-            try:
-                async for listing in self._read(
-                    endpoint,
-                    key,
-                    page,
-                    options,
-                    reading,
-                ):
-                    found = by_id(listing.items).values()
-                    items = [item for item in found if hash(item["id"]) not in known]
-                    known.update(hash(item["id"]) for item in items)
-                    yield ListResult(items, listing.since)
-            except ApiError as error:
-                if "cursor" not in page or error.status not in CURSOR_REFUSED:
-                    raise
-                if has_expired:
-                    raise IncompleteList(endpoint, f"{EXPIRED} ({error})") from None
-                has_expired = True
+            while True:
+                try:
+                    reply, since = await self._call(endpoint, page, key, options)
+                except ApiError as error:
+                    if "cursor" not in page:
+                        raise
+                    log.info("a cursor is refused: %s", error)
+                    reading.has_shifted = True
+                    reading.has_gaps = True
+                    break
+                items = objects_in(reply[key], endpoint, key)
+                cursor = str(reply.get("next_cursor") or "")
+                in_circles = reading.add({hash(item["id"]) for item in items}, cursor)
+                new = [item for item in by_id(items).values() if hash(item["id"]) not in known]
+                known.update(hash(item["id"]) for item in new)
+                yield ListResult(new, since)
+                if not cursor:
+                    break
+                if in_circles:
+                    raise NoUsableResponse(endpoint, "its pages bring nothing new")
+                page["cursor"] = cursor
+                # Before other lists begin: a cursor may expire.
                 options = options._replace(priority=min(options.priority, VERIFY))
-                continue
             has_shifted = has_shifted or reading.has_shifted
-            adds_nothing = number > 1 and len(known) == before
-            if not has_shifted or (adds_nothing and not reading.has_repeated):
+            if not has_shifted or (len(known) == before and not reading.has_gaps):
                 return
-            number += 1
-        raise IncompleteList(endpoint, "its items move while it is read, again and again")
-
-    async def _read(
-        self,
-        endpoint: str,
-        key: str,
-        page: Json,
-        options: RequestOptions,
-        reading: Reading,
-    ) -> AsyncIterator[ListResult]:
-        """Yield the pages of one reading until one names no next; `page` is the body to send."""
-        while True:
-            reply, since = await self._call(endpoint, page, key, options)
-            items = objects_in(reply[key], endpoint, key)
-            cursor = reply.get("next_cursor") or ""
-            if not isinstance(cursor, str):
-                raise IncompleteList(endpoint, "next_cursor is no text")
-            in_circles = reading.add({hash(item["id"]) for item in items}, cursor)
-            yield ListResult(items, since)
-            if not cursor:
-                return
-            if in_circles:
-                raise IncompleteList(endpoint, "its pages bring nothing new")
-            page["cursor"] = cursor
-            # Before other lists begin: a cursor may expire.
-            options = options._replace(priority=min(options.priority, VERIFY))
+            log.info("%s: reading the list again", endpoint)
+        words = "its items move, or its cursors expire, each time that it is read"
+        raise NoUsableResponse(endpoint, words)
 
     async def get_one(
         self,
@@ -3625,53 +3464,27 @@ class DevRevAPI:
         body: Json,
         key: str,
         options: RequestOptions,
-        deadline: float | None = None,
     ) -> Json:
         """Return the one object in an answer. Raises NoUsableResponse where there is none."""
-        found, _ = await self._call(
-            endpoint,
-            body,
-            key,
-            options,
-            deadline,
-        )
+        found, _ = await self._call(endpoint, body, key, options)
         return objects_in([found[key]], endpoint, key)[0]
 
     # -- contacts ----------------------------------------------------------------------------------
 
-    async def _get_contact(
-        self,
-        identity: str,
-        options: RequestOptions,
-        deadline: float | None = None,
-    ) -> Json | None:
+    async def _get_contact(self, identity: str, options: RequestOptions) -> Json | None:
         """Return what DevRev has at this id; None where there is none (an object's 404).
 
         Of a contact that has become another one (301) only the other's id: `{"id": …}`.
         """
-        endpoint = "rev-users.get"
         try:
-            return await self.get_one(
-                endpoint,
-                {"id": identity},
-                "rev_user",
-                options,
-                deadline,
-            )
+            return await self.get_one("rev-users.get", {"id": identity}, "rev_user", options)
         except ApiError as error:
             if error.missing:
                 return None
-            # The 404 of a route has no type, and says nothing of any object.
-            if error.status == 404 and error.data.get("type"):
-                words = f"404 of another type, not of {identity}"
-                raise NoUsableResponse(endpoint, words) from None
-            if not 300 <= error.status < 400:
-                raise
-            location = unquote(error.data["location"])
+            location = unquote(str(error.data.get("location")))
             match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", location)
             if match is None or match.group(0) == identity:
-                words = f"{error.status} that names no other contact"
-                raise NoUsableResponse(endpoint, words) from None
+                raise
             return {"id": match.group(0)}
 
     async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Json | None:
@@ -3684,17 +3497,14 @@ class DevRevAPI:
         primary: str,
         duplicate: Contact,
         options: RequestOptions,
-        deadline: float | None = None,
     ) -> DuplicateStatus:
-        """Return what has become of the duplicate. With a `deadline` one request is sent.
+        """Return what has become of the duplicate.
 
         Raises PairError(merged_into_another) where DevRev names another contact than the primary.
         """
-        user = await self._get_contact(duplicate.id, options, deadline)
+        user = await self._get_contact(duplicate.id, options)
         if user is None:
             return DuplicateStatus.NOT_FOUND
-        if user["id"] == duplicate.id and not isinstance(user.get("state"), str):
-            raise NoUsableResponse("rev-users.get", "the user has no state")
         return duplicate_status(user, primary, duplicate)
 
     async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
@@ -3726,35 +3536,25 @@ class DevRevAPI:
         primary: str,
         duplicate: str,
         options: RequestOptions,
-        before: Callable[[], Awaitable[None]],
     ) -> None:
         """Request a merge. DevRev only acknowledges it and carries it out later."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, options=options, before=before)
+        await self._call("rev-users.merge", body, options=options)
 
     async def update_contact(
         self,
         identity: str,
         fields: Json,
         options: RequestOptions,
-        deadline: float | None = None,
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then.
 
-        Raises ApiError with status 409 while another contact holds its `external_ref`. With a
-        `deadline` one request is sent.
+        Raises ApiError with status 409 while another contact holds its `external_ref`.
         """
-        user = await self.get_one(
-            "rev-users.update",
-            {"id": identity, **fields},
-            "rev_user",
-            options,
-            deadline,
-        )
+        endpoint = "rev-users.update"
+        user = await self.get_one(endpoint, {"id": identity, **fields}, "rev_user", options)
         if user["id"] != identity:
-            raise NoUsableResponse(
-                "rev-users.update", f"the answer is about {user['id']}, not {identity}"
-            )
+            raise NoUsableResponse(endpoint, f"the answer is about {user['id']}, not {identity}")
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
@@ -3829,69 +3629,40 @@ class DevRevAPI:
             return await self.pages("conversations.list", "conversations", body, options)
         async with self._finding_kinds:  # one list finds out for all
             if not self._kinds_are_known:
-                return await self._find_kinds(body, options)
+                try:
+                    found = await self._list_works(self.work_kinds, body, options)
+                    self._kinds_are_known = True
+                    return found
+                except ApiError as error:
+                    if error.status not in (400, 403):
+                        raise
+                    await self._find_kinds({name: keys[:1]}, options)
         return await self._list_works(self.work_kinds, body, options)
-
-    async def first_works(self) -> ListResult:
-        """Return a page of works of the kinds that a run lists; raises what a list call does."""
-        return await self._find_kinds({"limit": 1}, ANY_OPTIONS)
 
     async def _list_works(
         self,
-        kinds: Sequence[str],
+        kinds: Iterable[str],
         body: Json,
         options: RequestOptions,
     ) -> ListResult:
-        body = {"type": list(kinds), **body}
-        if "limit" in body:
-            return await self.each_page("works.list", "works", body, options).__anext__()
-        return await self.pages("works.list", "works", body, options)
+        return await self.pages("works.list", "works", {"type": list(kinds), **body}, options)
 
-    async def _find_kinds(self, body: Json, options: RequestOptions) -> ListResult:
-        """List works of every kind, without those that DevRev refuses to list.
+    async def _find_kinds(self, body: Json, options: RequestOptions) -> None:
+        """Try each further kind of works beside tickets and issues, and leave out what is refused.
 
-        Where it does not name them, each is tried beside tickets and issues, for one contact.
+        Raises ApiError where these are refused, too: that says nothing of kinds.
         """
-        while True:
-            try:
-                found = await self._list_works(self.work_kinds, body, options)
-                break
-            except ApiError as error:
-                if error.status not in (400, 403) or self._kinds_are_known:
-                    raise
-                allowed = error.data.get("allowed_values")
-                if isinstance(allowed, list):
-                    refused = [one for one in self._other_kinds() if one not in allowed]
-                else:
-                    refused = await self._refused_kinds(body, options)
-                if not refused:
-                    raise  # for another reason
-                self.work_kinds = tuple(one for one in self.work_kinds if one not in refused)
-                kinds = ", ".join(refused)
-                words = (
-                    f"works that DevRev does not list ({error.status}), so not backed up: {kinds}"
-                )
-                self.warnings.append(words)
-                log.log(logging.INFO if error.status == 400 else logging.WARNING, "%s", words)
-        self._kinds_are_known = True
-        return found
-
-    def _other_kinds(self) -> tuple[str, ...]:
-        return self.work_kinds[len(TICKETS_AND_ISSUES) :]
-
-    async def _refused_kinds(self, body: Json, options: RequestOptions) -> list[str]:
-        """Return the kinds that are refused one by one; raise where tickets and issues are, too."""
-        one = {name: value[:1] for name, value in body.items() if isinstance(value, list)}
-        body = {**body, **one}
         await self._list_works(TICKETS_AND_ISSUES, body, options)
-        refused = []
-        for kind in self._other_kinds():
+        for kind in OTHER_WORKS:
             try:
                 await self._list_works((*TICKETS_AND_ISSUES, kind), body, options)
-            except ApiError:
-                refused.append(kind)
+            except ApiError as error:
+                self.work_kinds.remove(kind)
+                words = f"works that DevRev does not list ({error.status}), so not backed up"
+                self.warnings.append(f"{words}: {kind}")
+                level = logging.INFO if error.status == 400 else logging.WARNING
+                log.log(level, "%s: %s", words, kind)
         self._kinds_are_known = True
-        return refused
 
 
 async def load_all(loader: BatchLoader, keys: Iterable[str], priority: int) -> ListResult:
@@ -3901,12 +3672,7 @@ async def load_all(loader: BatchLoader, keys: Iterable[str], priority: int) -> L
     return ListResult(list(found.values()), oldest(one.since for one in lists))
 
 
-EXPIRED = "its cursors are refused, as if they expired while quota was waited for; raise the quota"
-CHECK_NETWORK = "Check the network and DEVREV_BASE_URL."
-REFUSED_IN_FRONT = (
-    "which is not DevRev's: a firewall or proxy in front of it refuses this request; "
-    "have its owner let it through, then run again"
-)
+CHECK_NETWORK = "Check the network, DEVREV_BASE_URL, HTTPS_PROXY and REQUESTS_CA_BUNDLE."
 
 
 def is_good(answer: HttpResponse, key: str) -> bool:
@@ -3914,51 +3680,6 @@ def is_good(answer: HttpResponse, key: str) -> bool:
     if answer.status is None or not 200 <= answer.status < 300:
         return False
     return not key or (answer.data is not None and key in answer.data)
-
-
-def is_refused_in_front(answer: HttpResponse) -> bool:
-    """Whether it is a refusal in HTML or the like; 401, 408 and 429 come from gateways, too."""
-    status = answer.status or 0
-    return answer.data is None and 400 <= status < 500 and status not in (401, 404, 408, 413, 429)
-
-
-def problem_of(
-    endpoint: str,
-    body: Json,
-    answer: HttpResponse,
-    settings: ApiSettings,
-    is_final: bool,
-) -> Exception | None:
-    """Return what an answer that is no good means; None where the request may be repeated.
-
-    A FatalError where every request would be refused, an ApiError for a definite no. Of answers
-    that are not DevRev's JSON only a 413 is one, and a 401 after the retries.
-    """
-    status = answer.status or 0
-    if answer.is_misconfigured:
-        return FatalError(EXIT_USAGE, answer.problem)
-    if 300 <= status < 400:
-        location = settings.mask(str(answer.headers.get("Location", "")))
-        words = f"redirected to {location or 'nowhere'}"
-        return ApiError(endpoint, status, words, {"location": location})
-    words = answer.problem
-    is_refusal = 400 <= status < 500 and status != 408
-    if answer.data is None and status != 413:
-        is_refusal = status == 401 and is_final
-    if not is_refusal and not is_final:
-        return None
-    if is_refused_in_front(answer):
-        return RefusedInFront(endpoint, f"{status}, {REFUSED_IN_FRONT}")
-    if not is_refusal:
-        return NoUsableResponse(endpoint, words or "its answer does not hold what was asked for")
-    data = answer.data or {}
-    if status == 401:
-        kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
-        advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
-        return PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
-    if status == 403:
-        words += forbidden_words(endpoint, body, data)
-    return ApiError(endpoint, status, words, data)
 
 
 def forbidden_words(endpoint: str, body: Json, data: Json) -> str:
@@ -3988,14 +3709,11 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
     try:
         yield
     except NoUsableResponse as error:
-        words = str(error)
-        if type(error) is NoUsableResponse:
-            words = f"DevRev at {api.scheduler.host} can't be reached: {error}. {CHECK_NETWORK}"
+        words = f"DevRev at {api.scheduler.host} can't be read: {error}. {CHECK_NETWORK}"
         raise FatalError(EXIT_STOPPED, words) from None
     except ApiError as error:
-        hint = "" if error.status in (403, 429) else " (is DEVREV_BASE_URL right?)"
-        code = EXIT_STOPPED if error.status == 429 else EXIT_USAGE
-        raise FatalError(code, f"{error}{hint}") from None
+        hint = "" if error.status == 403 else " (is DEVREV_BASE_URL right?)"
+        raise FatalError(EXIT_USAGE, f"{error}{hint}") from None
     except FatalError as stop:
         reason = api.cancel_token.stop or stop
         if isinstance(reason, PermissionDenied):
@@ -4093,18 +3811,19 @@ class BatchLoader:
         """List for these keys with one call, or part by part where that fails."""
         keys = list(dict.fromkeys(each.key for each in pending))
         options = RequestOptions(min(each.priority for each in pending))
+        parts: list[Sequence[str]] = []
         try:
             listing = await self._lister(keys, options)
             self._has_listed = True
             self._unanswered = 0
             parts = self._deliver(pending, keys, listing)
-        except (ApiError, NoUsableResponse) as error:
-            parts = await self._parts_to_list(keys, error, options)
-            if not parts:
-                fail(pending, error)
         except BaseException as error:
-            parts = []
-            fail(pending, error)
+            if isinstance(error, (ApiError, NoUsableResponse)):
+                parts = await self._parts_to_list(keys, error, options)
+            if not parts:
+                for each in pending:
+                    if not each.future.done():
+                        each.future.set_exception(error)
         fetches = []
         for part in parts:
             fetches.append(self._fetch([each for each in pending if each.key in part]))
@@ -4117,20 +3836,20 @@ class BatchLoader:
         options: RequestOptions,
     ) -> list[Sequence[str]]:
         """Return which keys to list for together after an error; none where it is final."""
-        is_refused = isinstance(error, (ApiError, RefusedInFront))
-        self._unanswered = 0 if is_refused else self._unanswered + 1
+        half = (len(keys) + 1) // 2
         if len(keys) == 1:
             self._max_keys = PAGE  # it was this key, not their number
             return []
-        if self._unanswered > self.MAX_UNANSWERED:
-            return []
-        half = (len(keys) + 1) // 2
-        if is_refused:
-            self._max_keys = min(self._max_keys, half)
-            status = getattr(error, "status", 403)
-            if status == 429:
+        if isinstance(error, ApiError):
+            if error.status == 429:
                 return []
-            if status == 403 and not self._has_listed and not await self._can_list(keys, options):
+            self._max_keys = min(self._max_keys, half)
+            is_unclear = error.status == 403 and not self._has_listed
+            if is_unclear and not await self._can_list(keys, options):
+                return []
+        else:
+            self._unanswered += 1
+            if self._unanswered > self.MAX_UNANSWERED:
                 return []
         return [keys[:half], keys[half:]]
 
@@ -4168,12 +3887,6 @@ class BatchLoader:
             if not each.future.done():
                 each.future.set_result(found[each.key])
         return []
-
-
-def fail(pending: Sequence[PendingKey], error: BaseException) -> None:
-    for each in pending:
-        if not each.future.done():
-            each.future.set_exception(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5604,10 +5317,9 @@ class ReferenceUpdate:
         `{}` where neither the answer nor a read tells.
         """
         body = {"external_ref": self.reference}
+        options = self.options()._replace(deadline=self._deadline)
         try:
-            user = await self.api.update_contact(
-                self.contact.id, body, self.options(), self._deadline
-            )
+            user = await self.api.update_contact(self.contact.id, body, options)
         except ApiError as error:
             self.problem = error
         except NoUsableResponse as error:
@@ -5879,7 +5591,8 @@ class PairMerge:
         await gate.enter(pair)
         others = gate.others_under_way(pair)
         try:
-            await self.api.merge(*pair.ids, self._request_options(MERGE), self._save_intent)
+            options = self._request_options(MERGE)._replace(before=self._save_intent)
+            await self.api.merge(*pair.ids, options)
         except ApiError as error:
             refusal = error
             state = State.REQUESTED
@@ -6040,14 +5753,16 @@ class PairMerge:
         """Poll the duplicate once. Return None where the answer does not tell; `_poll_problem` says
         why."""
         self._poll_problem = None
+        options = self._request_options()._replace(deadline=self._deadline)
         try:
             status = await self.api.poll_duplicate(
-                self.pair.primary.id, self.pair.duplicate, self._request_options(), self._deadline
+                self.pair.primary.id, self.pair.duplicate, options
             )
         except (ApiError, NoUsableResponse) as error:
             self._poll_problem = PairError(error.code, f"the merge can't be confirmed: {error}")
             self._deadline = longer(self._deadline, self.api.settings)
-            if not isinstance(error, ApiError) or error.status != 404:  # a route's says nothing
+            # The 404 of a route has no type, and says nothing.
+            if not isinstance(error, ApiError) or error.status != 404 or error.data.get("type"):
                 self._unusable += 1
             return None
         self._unusable = 0
@@ -6775,22 +6490,17 @@ def write_new_file(
     """
     aside = path.with_name(f".{path.name[:80]}.{os.getpid()}")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            aside.unlink()
+        aside.unlink(missing_ok=True)
         environment.create_file(aside, chunks)
         check_free(path)
-        if not os.path.lexists(str(path)):
-            try:
-                os.link(str(aside), str(path))
-                aside.unlink()
-                environment.fsync_dir(path.parent)
-                return
-            except (OSError, AttributeError, NotImplementedError):
-                path.touch(mode=0o600, exist_ok=False)
-        environment.rename_into_place(aside, path)
-    except FileExistsError:  # since just now
-        check_free(path)
-        raise
+        path.unlink(missing_ok=True)  # the empty one
+        try:
+            os.link(str(aside), str(path))
+        except OSError:
+            check_free(path)
+            path.touch(mode=0o600, exist_ok=False)
+            environment.rename_into_place(aside, path)
+        environment.fsync_dir(path.parent)
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -10568,10 +10278,12 @@ async def check_access(run: RunContext) -> str:
         return page.items
 
     with before_any_change(run.api):
-        await first("rev-users.list", "rev_users")
-        works = await run.api.first_works()  # of the kinds that a run lists
-        talks = await first("conversations.list", "conversations")
-        for one in [*works.items, *talks][:1]:
+        objects = await first("conversations.list", "conversations")
+        for user in await first("rev-users.list", "rev_users"):
+            # Of the kinds that a run lists.
+            works = await run.api.objects["reported_by"].load(user["id"])
+            objects = [*works.items, *objects]
+        for one in objects[:1]:
             await first("timeline-entries.list", "timeline_entries", object=one["id"])
     words = "contacts, tickets, conversations and comments can be read"
     return "; ".join([words, *run.api.warnings])

@@ -101,11 +101,10 @@ class World:
         """Send one request when its turn has come; the server counts it somewhere on its way."""
         await self.scheduler.acquire(options)
         self.clock.last_progress = self.clock.now
-        sent = self.clock.steady
         await asyncio.sleep(latency * self.random.random())
         response = server.answer()
         await asyncio.sleep(latency * self.random.random())
-        self.scheduler.on_response(response, self.clock.steady - sent, response.status == 200)
+        self.scheduler.on_response(response, response.status == 200)
         return response
 
     def send(self, server: Any, count: int, latency: float = 0.02) -> float:
@@ -235,7 +234,7 @@ def test_where_others_leave_less_than_their_share_a_twentieth_is_left_to_them(us
     else:
         assert server.least_remaining == 4, "even a twentieth is more than what is there"
     world.scheduler.waiting_for = world.scheduler.QUOTA
-    world.scheduler.quota.resets_at = world.clock.steady + 7
+    world.scheduler.wait_ends = world.clock.steady + 7
     assert re.match(
         "waiting 7 s .*other programs use; a twentieth is left", tool.describe_wait(world.scheduler)
     )
@@ -350,7 +349,6 @@ def test_the_more_urgent_request_goes_first() -> None:
         ({}, {"retry_after": 7}, 7, 7.5),
         ({"Retry-After": "soon"}, {"retry_after": 7}, 7, 7.5),
         ({"Retry-After": "7"}, {"retry_after": 70}, 7, 7.5),
-        ({"Retry-After": formatdate(EPOCH + 9, usegmt=True)}, None, 7, 9.5),
         ({"Retry-After": "-5"}, {"retry_after": -5}, 0.1, 1),
         ({"Retry-After": "1" + "0" * 400}, {"retry_after": 10**400}, 0.1, 1),
         ({}, {"retry_after": {"seconds": 7}}, 0.1, 1),
@@ -411,14 +409,14 @@ def test_the_third_failure_opens_the_breaker_for_ever_longer(
 ) -> None:
     breaker = tool.CircuitBreaker(retries)
     pauses = opened(breaker, status, 3 + retries)
-    assert pauses == [0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0][: 3 + retries]
+    assert pauses == [0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0][: 3 + retries]
     assert "keeps failing" in breaker.on_response(status, 0.0, 1000.0)
 
 
 def test_the_first_429_opens_the_breaker_and_a_good_answer_closes_it() -> None:
     breaker = tool.CircuitBreaker(5)
     pauses = opened(breaker, 429, 20)
-    assert pauses == pytest.approx([min(30.0, 0.1 * 2**number) for number in range(20)])
+    assert pauses == pytest.approx([min(30.0, 0.5 * 2**number) for number in range(20)])
     assert "429" in breaker.on_response(429, 0.0, 10_000.0)
     breaker.on_response(200, 0.0, breaker.open_until)
     assert not breaker.is_tripped and opened(breaker, 503, 2) == [0.0, 0.0]
@@ -441,4 +439,4 @@ def test_what_is_left_of_the_quota_is_told() -> None:
     server = Server(world.clock, 1000, 100.0, False, True)
     world.send(server, 300)
     assert tool.requests_per_minute(world.scheduler) == 800
-    assert tool.describe_wait(world.scheduler) == "700 of 1000 units left"
+    assert tool.describe_wait(world.scheduler) == "700 of 1,000 units left"
