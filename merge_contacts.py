@@ -3077,7 +3077,7 @@ def describe_wait(scheduler: RequestScheduler) -> str:
     if not why:
         if quota.remaining is None:
             return ""
-        return f"{quota.remaining:,.0f} of {quota.limit:,.0f} units left"
+        return f"{quota.remaining:.0f} of {quota.limit:.0f} units left"
     wait = scheduler.wait_ends - scheduler.environment.now().monotonic
     if wait <= 0.5:
         return ""

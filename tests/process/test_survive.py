@@ -295,7 +295,7 @@ def test_nothing_listening_is_said_and_changes_nothing(place: Workplace) -> None
         DEVREV_BASE_URL="http://127.0.0.1:9",
         DEVREV_MAX_RETRIES="1",
     )
-    assert "can't be reached" in result.err
+    assert "can't be read" in result.err
 
 
 def test_a_redirect_is_never_followed_with_the_token(place: Workplace) -> None:

@@ -439,4 +439,4 @@ def test_what_is_left_of_the_quota_is_told() -> None:
     server = Server(world.clock, 1000, 100.0, False, True)
     world.send(server, 300)
     assert tool.requests_per_minute(world.scheduler) == 800
-    assert tool.describe_wait(world.scheduler) == "700 of 1,000 units left"
+    assert tool.describe_wait(world.scheduler) == "700 of 1000 units left"
