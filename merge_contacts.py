@@ -7874,8 +7874,6 @@ def settle_error(pair: Pair) -> str:
 
 def settle_pair(pair: Pair) -> None:
     """End a pair that `settle_error` lets end: accept its problem, or give up its merge or undo."""
-    if pair.state in TERMINAL:
-        return
     pair.accepted = f"{pair.code}: {pair.error}"
     state = State.SETTLED
     if pair.state in REQUESTED_STATES:
@@ -7965,10 +7963,11 @@ def check_not_restored(savepoint: SavePoint) -> None:
     newest = max(savepoint.runs(), default="")
     for path in sorted(REPORTS.glob("*_report_????????_??????.json")):
         if path.stem.rpartition("_report_")[2] > newest:
-            why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
-            fix = "Put the newest copy of both back. If nothing is missing, move that report away."
             raise FatalError(
-                EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}"
+                EXIT_USAGE,
+                "the savepoint was put back from an older copy: "
+                f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}. "
+                "Put the newest copy of both back. If nothing is missing, move that report away.",
             )
 
 
@@ -8151,30 +8150,29 @@ class ReportContents(NamedTuple):
 def merge_contents(savepoint: SavePoint, run_id: str, plan: Plan | None) -> ReportContents:
     """Return what the report of a merge run or a settle holds; a killed run has no plan."""
     entry = functools.partial(merge_entry, planned=plan.ids if plan else None)
-    lists: dict[str, Iterable[Json] | None] = {}
-    for name, pairs in merge_lists(savepoint, run_id, plan).items():
-        lists[name] = map(entry, pairs)
-    lists.update(beside_pairs(plan))
+    pairs = merge_lists(savepoint, run_id, plan)
+    lists = {name: map(entry, found) for name, found in pairs.items()}
     rows = table_rows(merge_lists(savepoint, run_id, plan))
     groups = plan.skipped if plan else ()
     # A skipped group has no pairs: its row has no ids.
     words = ({"email": one.email, "outcome": "skipped", "code": one.code} for one in groups)
-    return ReportContents(lists, chain(rows, words))
+    return ReportContents({**lists, **beside_pairs(plan)}, chain(rows, words))
 
 
 def undo_contents(pairs: Mapping[str, Sequence[Pair]]) -> ReportContents:
-    lists: dict[str, Iterable[Json] | None] = {}
-    for name, found in pairs.items():
-        lists[name] = map(undo_entry, found)
-    return ReportContents(lists, table_rows(pairs))
+    lists = {name: map(undo_entry, found) for name, found in pairs.items()}
+    return ReportContents({**lists}, table_rows(pairs))
 
 
 def references_to_set(savepoint: SavePoint) -> Iterator[Json]:
     """Yield the references that no contact had when their pairs ended, and where to set each."""
     for pair in savepoint.pairs(*TERMINAL):
         if pair.reference_not_set:
-            reference = pair.reference_not_set
-            yield {"email": pair.email, "reference": reference, "advice": where_to_set(pair)}
+            yield {
+                "email": pair.email,
+                "reference": pair.reference_not_set,
+                "advice": where_to_set(pair),
+            }
 
 
 def report_head(record: RunRecord) -> Json:
@@ -8188,8 +8186,9 @@ def write_report(
     savepoint: SavePoint,
     record: RunRecord,
     contents: ReportContents,
-) -> None:
+) -> Path:
     """Write the report of a run: the JSON, and beside it the page and the CSV that show the same.
+    Return the JSON's path.
 
     The savepoint learns the end, which is in `record`, before the file is written, and that it
     was written afterwards, so that the next run can write what a kill has prevented. Raises
@@ -8213,6 +8212,7 @@ def write_report(
         environment.write_atomically(table, csv_chunks(columns, rows))
     record.reported = True
     savepoint.save_run(record)
+    return path
 
 
 def page_chunks(kind: str, headline: str, report: Iterable[bytes]) -> Iterator[bytes]:
@@ -8298,12 +8298,11 @@ def by_undo_outcome(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     return lists
 
 
-def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[Path]:
-    """Write the reports of runs that were killed before they could; return their paths.
+def report_killed_runs(environment: Environment, savepoint: SavePoint) -> Iterator[Path]:
+    """Write the reports of runs that were killed before they could; yield their paths.
 
     It comes before anything else of a run, because rows that change name the run that changed them.
     """
-    paths = []
     for run_id, record in savepoint.runs().items():
         if record.reported:
             continue
@@ -8322,10 +8321,8 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
             record.stopped = "killed"
             record.summary = summary
             record.headline = words
-        write_report(environment, savepoint, record, contents)
-        paths.append(report_path(run_id, record.kind))
+        yield write_report(environment, savepoint, record, contents)
     savepoint.organisation = ""
-    return paths
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8359,7 +8356,7 @@ class Output:
     What can't be written is dropped; `failures` says why, unless the reader has closed the pipe.
     """
 
-    PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
+    PIECE = 1024  # bytes at a time, so that a slow terminal is seen to take some
     PATIENCE = 10.0  # seconds to wait for a terminal that takes nothing
 
     def __init__(self) -> None:
@@ -8419,7 +8416,7 @@ class Output:
             encoding = stream.encoding or "utf-8"
             data = text.replace("\n", os.linesep).encode(encoding, "backslashreplace")
             while data:
-                taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
+                taken = raw.write(data[: self.PIECE]) or 0
                 if not taken:  # another program has made it a stream that does not block
                     time.sleep(0.05)
                 self._written += taken
