@@ -523,7 +523,6 @@ class Scenario(Stage):
 
     def _between(self) -> None:
         """From one run to the next: time passes, and things get lost."""
-        self.checker.process = None
         most = 200_000.0 if self.chance.random() < 0.3 else 100.0
         self.clock.advance(self.draws.somewhen(0.5, most))
         keeps = self.draws.has("undo", 0.2)  # what an undo names

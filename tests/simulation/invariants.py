@@ -84,11 +84,7 @@ class InvariantChecker:
     def __init__(self, fake_devrev: World, clock: Clock) -> None:
         self.fake_devrev, self.clock = fake_devrev, clock
         self.organisation = fake_devrev.organisation
-        self.process: Optional[SimulatedProcess] = None
-        self.options: Any = None
         self.run = 0
-        self.rows: List[Row] = []  # of the export
-        self.choices: Mapping[str, str] = {}
         self.plan: Dict[Ids, Wanted] = {}
         self.known: DefaultDict[Ids, List[Wanted]] = defaultdict(list)
         self.asks: DefaultDict[Ids, List[Ask]] = defaultdict(list)
@@ -101,9 +97,7 @@ class InvariantChecker:
         self.forbidden: Set[Ids] = set()  # pairs of which a merge request was answered with 403
         self.judged: Set[Ids] = set()  # pairs whose end was held against the truth
         self.lies = False  # whether answers were false: what was believed then may be wrong
-        self.backups_lost = self.full_now = False
-        self.stopped = False  # the run was told to stop
-        self.interrupted = math.inf  # by Ctrl-C, at this time
+        self.backups_lost = False
         # Seconds there or back, where nothing disturbs a run:
         self.slowest: Callable[[], Optional[float]] = lambda: None
         self.lag = 0.0  # the longest that lists have lagged
@@ -127,13 +121,13 @@ class InvariantChecker:
         choices: Mapping[str, str],
     ) -> None:
         self.process, self.options, self.run_id, self.run = process, options, run_id, self.run + 1
-        self.stopped = self.full_now = False
-        self.interrupted = math.inf
+        self.stopped = self.full_now = False  # told to stop; the disk was full
+        self.interrupted = math.inf  # by Ctrl-C, at this time
         self.began = self.clock.now, self.clock.wall
         self.sent_at: List[float] = []  # steady seconds, of the last requests
         self.polled: Set[str] = set()  # contacts that this run has read
         self.written: Set[str] = set()  # the files that this run has written
-        self.joined: Optional[Set[str]] = set()  # the same, until its first request
+        self.has_asked = False
         self.first_merge: Optional[Ids] = None  # of this run, of these not forbidden
         self.is_forbidden = False  # its answer was a 403
         self.takes_updates = False  # one was carried out, or refused for a reason of its own
@@ -194,8 +188,6 @@ class InvariantChecker:
     def wrote(self, name: str, rows: Sequence[Dict[str, Any]]) -> None:
         """A file of the savepoint was written."""
         self.written.add(name)
-        if self.joined is not None:
-            self.joined.add(name)
         for row in rows:
             ids = row["primary_id"], row["duplicate_id"]
             before = self.latest.get(ids, {}).get("state")
@@ -231,8 +223,8 @@ class InvariantChecker:
 
     def _judge_join(self) -> None:
         """Before its first request a run knows what both files said, and both know the same."""
-        written, self.joined = self.joined, None
-        if not written:
+        self.has_asked = True
+        if not self.written:
             return  # it only reads
         newest = max(self.runs_before, default="")
         # What no file knows at all can be undone from its report.
@@ -252,7 +244,7 @@ class InvariantChecker:
         main, copy = self._read_files()
         rows = joined(main, copy)
         self.latest = dict(rows)
-        if main and copy and not self.full_now and self.joined is None and len(self.written) == 2:
+        if main and copy and not self.full_now and self.has_asked and len(self.written) == 2:
             ahead = main.last_write - copy.last_write
             if ahead not in ((0, 1) if killed else (0,)):
                 broken("the copy is at most one write behind", f"it is {ahead} writes behind")
@@ -267,7 +259,7 @@ class InvariantChecker:
 
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
-        if self.joined is not None:
+        if not self.has_asked:
             self._judge_join()
         if self.stopped and not (self.undo.may_finish(sent) or self._gives_reference(sent)):
             broken("no request after a stop", f"{sent.endpoint} leaves")
@@ -403,7 +395,7 @@ class InvariantChecker:
         invariant = "the intent is in both files before the request leaves"
         found = []
         for path in (MAIN, COPY):
-            db = self.process.connections.get(path.name) if self.process else None
+            db = self.process.connections.get(path.name)
             if db is None or db.in_transaction:
                 broken(invariant, f"{path} is not open, or its transaction is")
             where = "WHERE primary_id = ? AND duplicate_id = ?"
