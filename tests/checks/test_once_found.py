@@ -18,7 +18,7 @@ def test_a_403_to_the_first_merge_request_lets_no_other_leave(scene: Scene, dela
     scene.merge()  # its merge is carried out, which confirms the next run
     scene.clock.advance(10)
     scene.world.forbidden = ["rev-users.merge"]
-    scene.delay("timeline-entries.list", delay, skip=1)
+    scene.fault("slow", "timeline-entries.list", skip=1, times=1, detail=delay)
     assert scene.merge().code in (2, 3)
     scene.end()
 
@@ -103,7 +103,7 @@ def test_a_merge_that_is_requested_again_and_one_that_waits_to_be_alone_do_not_w
 ) -> None:
     """Seed 184 of a later simulation: a lost request, and another that DevRev refused meanwhile."""
     pairs = scene.pairs(3)
-    scene.lose_request("rev-users.merge", skip=1)
+    scene.fault("hang", "rev-users.merge", skip=1, times=1)
     scene.fault("400", "rev-users.merge", skip=1, times=1)
     assert scene.merge().code == 0 and scene.merged(*pairs)
 
@@ -133,14 +133,13 @@ def test_a_merged_contact_that_stays_archived_delays_no_reference(scene: Scene) 
 def test_a_contact_that_is_locked_while_lists_lag_is_not_requested_again(scene: Scene) -> None:
     """Seed 78 of a later simulation: the check's lists showed it as before, and the poll did not."""
     _, duplicate = scene.pair(1)
-    scene.lose_request("rev-users.merge")
+    scene.fault("hang", "rev-users.merge", times=1)
     scene.kill("hearing of rev-users.merge")
     scene.merge()
     scene.clock.advance(60)
     scene.world.list_lag = 30.0
     scene.organisation.change(scene.organisation.contacts[duplicate], state="locked")
-    scene.merge("--merge-timeout", "5")
-    assert scene.count("rev-users.merge") == 0
+    assert scene.merge("--merge-timeout", "5").count("rev-users.merge") == 0
 
 
 def test_a_duplicate_that_is_there_after_all_is_not_called_merged(scene: Scene) -> None:

@@ -19,7 +19,7 @@ What happens
     scene.before(endpoint, act, 2)    before DevRev acts on the second such request; after likewise
     scene.fault("500", endpoint)      a Fault of DevRev's, with skip, times, match, detail
     scene.answer(endpoint, 406, "<html>")   in place of DevRev's; done=True: and it is carried out
-    scene.lose_answer(endpoint)       the request arrives, its answer does not; lose_request, delay
+    scene.lose_answer(endpoint)       the request arrives, its answer does not
     scene.kill("sending rev-users.merge", 2)   kill -9 at the second step of that name
     scene.ctrl_c                      an act: scene.after("rev-users.merge", scene.ctrl_c)
     scene.lose("savepoint.db"), keep("savepoint.db"), put_back("savepoint.db"), clock.advance(s)
@@ -320,13 +320,6 @@ def records(path: Any) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-class NetworkRule:
-    """What the network does to some requests of an endpoint: see NetworkFaults."""
-
-    def __init__(self, endpoint: str, skip: int = 0, times: int = 1, **faults: Any) -> None:
-        self.endpoint, self.skip, self.times, self.faults = endpoint, skip, times, faults
-
-
 class Scene(Stage):
     """A script; the module's docstring says how to write one."""
 
@@ -334,7 +327,6 @@ class Scene(Stage):
         super().__init__(the_module(), Organisation())
         self.settings: dict[str, Any] = {"calls": 0, "period": 60.0, "timeout": 30.0, "retries": 5}
         self._hooks: list[tuple[str, str, int, Callable[[dict[str, Any]], bool], Act]] = []
-        self._network: list[NetworkRule] = []
         self._kill: list[Nth] = []
         self._full: Nth | None = None
         self._tell: Callable[[], None] | None = None
@@ -402,26 +394,9 @@ class Scene(Stage):
         kind = "other-after" if done else "other"
         return self.fault(kind, endpoint, detail=(status, content), **more)
 
-    def lose_request(self, endpoint: str, **more: int) -> None:
-        self._network.append(NetworkRule(endpoint, kind="lost", **more))
-
-    def lose_answer(self, endpoint: str, **more: int) -> None:
-        self._network.append(NetworkRule(endpoint, kind="unheard", **more))
-
-    def delay(self, endpoint: str, seconds: float, **more: int) -> None:
-        """Let the answer take so many seconds."""
-        self._network.append(NetworkRule(endpoint, back=seconds, **more))
-
-    def network_faults(self, endpoint: str) -> NetworkFaults:
-        for rule in self._network:
-            if rule.endpoint != endpoint or not rule.times:
-                continue
-            if rule.skip:
-                rule.skip -= 1
-                continue
-            rule.times -= 1
-            return NetworkFaults()._replace(**rule.faults)
-        return NetworkFaults()
+    def lose_answer(self, endpoint: str) -> None:
+        """The next such request is carried out, and its answer never arrives."""
+        self.fault("reset-after", endpoint, times=1)
 
     def kill(self, step: str, n: int = 1) -> None:
         """Kill the next run at its n-th step whose name holds these words: "sending …",
@@ -441,6 +416,9 @@ class Scene(Stage):
         self._tell = lambda: loop.call_soon(self.interrupt, run, act)
 
     # ----- runs -----------------------------------------------------------------------------------
+
+    def network_faults(self, _endpoint: str) -> NetworkFaults:
+        return NetworkFaults()
 
     def make_settings(self, workers: int) -> Any:
         given = {"token": self.world.token, "base_url": "https://api.devrev.ai", "workers": workers}
