@@ -6317,7 +6317,8 @@ class ContactMerger(TaskRunner):
             for pair in group.pairs:
                 if pair.state is State.SKIPPED:  # by the live check of an unfinished pair
                     await self.record_outcome(pair, PairSkipped(pair.code, pair.error))
-            run = GroupRun(self, group, group.pending(), resumed=False)
+            planned = [pair for pair in group.pairs if pair.state is State.PLANNED]
+            run = GroupRun(self, group, planned, resumed=False)
             ids = run.contact_ids()
             undo = next((undoing[one] for one in sorted(ids) if one in undoing), "")
             if undo:
