@@ -21,19 +21,14 @@ Row = Tuple[Dict[str, Any], str, Dict[str, Any], str]
 class Played:
     """A world of one pair, whose clock a test sets by hand.
 
-    Its objects are P, D, W and T: primary, duplicate, a ticket of the primary's, a conversation of
-    the duplicate's.
+    Its objects are P, D and W: primary, duplicate, and a ticket of the primary's.
     """
 
     def __init__(self, **switches: Any) -> None:
         self.now = 1000.0
         self.organisation = Organisation()
         primary, duplicate = pair(self.organisation, 1)
-        work, talk = (
-            next(iter(self.organisation.works)),
-            next(iter(self.organisation.conversations)),
-        )
-        self.ids = {"P": primary, "D": duplicate, "W": work, "T": talk}
+        self.ids = {"P": primary, "D": duplicate, "W": next(iter(self.organisation.works))}
         self.primary, self.duplicate = primary, duplicate
         of_world = {}
         for name, value in self._with_ids(switches).items():
@@ -82,13 +77,12 @@ class Played:
         names = {value: name for name, value in self.ids.items()}
         return names.get(object_id, str(object_id).rpartition("/")[2])
 
-    def pages(self, endpoint: str, **body: Any) -> List[str]:
-        """The objects of each page of a list, up to its end."""
+    def pages(self, **body: Any) -> List[str]:
+        """The contacts of each page of a list, up to its end."""
         found = []
         while True:
-            content = self.ask(endpoint, **body)[1]
-            (items,) = (value for value in content.values() if isinstance(value, list))
-            found.append("".join(self.name(one["id"]) for one in items))
+            content = self.ask(LIST, **body)[1]
+            found.append("".join(self.name(one["id"]) for one in content["rev_users"]))
             if "next_cursor" not in content:
                 return found
             body["cursor"] = content["next_cursor"]
@@ -114,13 +108,9 @@ def label(row: Any) -> str:
 
 # -- what single requests are answered -------------------------------------------------------------
 
-GET, LIST, UPDATE, CREATE = (
-    "rev-users.get",
-    "rev-users.list",
-    "rev-users.update",
-    "rev-users.create",
-)
-MERGE, WORKS, TIMELINE = "rev-users.merge", "works.list", "timeline-entries.list"
+GET, LIST, MERGE = "rev-users.get", "rev-users.list", "rev-users.merge"
+UPDATE, CREATE = "rev-users.update", "rev-users.create"
+WORKS, TIMELINE = "works.list", "timeline-entries.list"
 P, D, MAIL = {"id": "P"}, {"id": "D"}, {"email": [EMAIL]}
 PAIR = {"primary_user": "P", "secondary_user": "D"}
 TAKE = {"id": "P", "external_ref": "user_1"}
@@ -135,17 +125,14 @@ BEFORE: List[Row] = [
     ({"vanished": "*"}, LIST, MAIL, "200"),
     ({"vanished": ["D"]}, LIST, MAIL, "200 P"),
     ({"vanished": ["D"]}, GET, D, "404 not_found"),
-    ({"vanished": ["D"]}, MERGE, PAIR, "404 not_found"),
     ({"firewall": ["person1@"]}, LIST, MAIL, "403 HTML"),
     ({"firewall": ["person1@"], "firewall_status": 406}, LIST, MAIL, "406 HTML"),
     ({"forbidden": ("*.update",)}, UPDATE, TAKE, "403 forbidden"),
-    ({"forbidden": ("*.update",)}, GET, D, "200 D active user_1"),
     ({"max_ids": 1}, WORKS, {"owned_by": ["P", "D"]}, "400 value_not_permitted"),
     ({}, "nothing.get", {}, "404 None"),
     ({}, GET, {"id": HALF_EMOJI}, "400 invalid_id"),
     # References and fields
     ({}, UPDATE, TAKE, "409 conflict"),
-    ({}, UPDATE, {"id": "P", "external_ref": "x"}, "200 P active x"),
     ({}, UPDATE, {"id": "P", "external_ref": "REVU-P1"}, "200 P active REVU-P1"),
     ({"unchanged_updates": 400}, UPDATE, {"id": "P", "external_ref": "REVU-P1"}, "400 bad_request"),
     ({"reference_updates": "403"}, UPDATE, {"id": "P", "external_ref": "x"}, "403 forbidden"),
@@ -156,9 +143,7 @@ BEFORE: List[Row] = [
     ({"unique_emails": True}, CREATE, NEW, "409 conflict"),
     ({"refused_fields": ("email",)}, CREATE, NEW, "400 value_not_permitted"),
     ({"refused_fields": ("email",), "refused_status": 403}, CREATE, NEW, "403 forbidden"),
-    ({"refused_fields": ("rev-users.update.email",)}, CREATE, NEW, "201 N1 active user_new"),
     # Verified and unverified contacts
-    ({"unverified": ["D"]}, GET, D, "200 D active user_1"),
     ({"unverified": ["D"], "verified_shown": "shown"}, GET, D, "200 D active user_1 False"),
     ({"unverified": ["D"], "verified_shown": "shown"}, GET, P, "200 P active REVU-P1 True"),
     ({"verified_shown": "null"}, GET, D, "200 D active user_1 None"),
@@ -168,14 +153,10 @@ BEFORE: List[Row] = [
     ({"unverified": ["D"]}, LIST, {"is_verified": True}, "200 P"),
     ({"verified_filter": "400"}, LIST, {"is_verified": False}, "400 invalid_field"),
     ({"verified_filter": "403"}, LIST, {"is_verified": False}, "403 forbidden"),
-    ({"verified_filter": "403"}, LIST, {}, "200 P D"),
     # What the token may not see
     ({"restricted": ["D"]}, GET, D, "403 forbidden D"),
     ({"restricted": ["D"], "names_object_ids": False}, GET, D, "403 forbidden"),
     ({"restricted": ["D"]}, MERGE, PAIR, "403 forbidden D"),
-    ({"restricted": ["P"]}, WORKS, MINE, "403 forbidden P"),
-    ({"restricted": ["W"]}, "works.get", {"id": "W"}, "403 forbidden W"),
-    ({"restricted": ["W"]}, TIMELINE, {"object": "W"}, "403 forbidden W"),
     ({"restricted": ["W"]}, WORKS, MINE, "200 W"),
     ({"restricted": ["W"], "restricted_in_lists": "left out"}, WORKS, MINE, "200"),
     ({"restricted": ["W"], "restricted_in_lists": "403"}, WORKS, MINE, "403 forbidden W"),
@@ -185,33 +166,25 @@ BEFORE: List[Row] = [
     ({"restricted_writes": ["P"]}, GET, P, "200 P active REVU-P1"),
     ({"hidden_kinds": ("ticket",)}, WORKS, {"type": ["ticket"]}, "403 forbidden"),
     ({"hidden_kinds": ("ticket",)}, WORKS, MINE, "200"),
-    ({"hidden_kinds": ("ticket",)}, TIMELINE, {"object": "W"}, "403 forbidden W"),
     (UNSEEN, WORKS, {"type": ["ticket"]}, "200"),
     ({"hidden_kinds": ("conversation",)}, "conversations.list", {}, "403 forbidden"),
-    # Kinds of works
     ({}, WORKS, KINDS, "400 invalid_enum_value"),
     ({"long_work_types": True}, WORKS, KINDS, "200 W"),
-    (NO_TASKS, WORKS, KINDS, "400 invalid_enum_value"),
     ({**NO_TASKS, "unknown_kinds_answer": "400-bare"}, WORKS, KINDS, "400 bad_request"),
     ({**NO_TASKS, "unknown_kinds_answer": "403"}, WORKS, KINDS, "403 forbidden"),
-    # Merges
     *(({"merge_answer": form}, MERGE, PAIR, form) for form in ("200", "202")),
     ({"merge_answer": "200-empty"}, MERGE, PAIR, "200 nothing"),
     ({"merge_answer": "202-empty"}, MERGE, PAIR, "202 nothing"),
     ({"merge_answer": "204"}, MERGE, PAIR, "204 nothing"),
     ({"merge_answer": "200-list"}, MERGE, PAIR, "200 []"),
-    ({"unverified": ["D"]}, MERGE, PAIR, "200"),
     ({"unverified": ["D"], "unverified_merge": "403"}, MERGE, PAIR, "403 forbidden"),
     ({"unverified": ["P", "D"], "unverified_merge": "403"}, MERGE, PAIR, "200"),
     ({"unverified": ["P"], "unverified_merge": "403"}, MERGE, PAIR, "200"),
     ({"unverified": ["P"], "verified_merge": "409"}, MERGE, PAIR, "409 conflict"),
-    # Faults
     *(({"faults": [Fault(kind)]}, GET, P, f"{kind[-3:]} HTML") for kind in PAGES),
     ({"faults": [Fault("401-revoked")]}, GET, P, "401 token_revoked"),
-    ({"faults": [Fault("500-after")]}, GET, P, "500 internal_error"),
     ({"faults": [Fault("route-404")]}, GET, P, "404 None"),
     ({"faults": [Fault("redirect")]}, GET, P, "301 moved_permanently"),
-    ({"faults": [Fault("other", detail=(200, []))]}, GET, P, "200 []"),
     ({"faults": [Fault("hang-after")]}, GET, P, "hang"),
     ({"faults": [Fault("404", LIST)]}, GET, P, "200 P active REVU-P1"),
     ({"faults": [Fault("404", skip=1)]}, GET, P, "200 P active REVU-P1"),
@@ -231,14 +204,12 @@ AFTER: List[Row] = [
     ({}, UPDATE, TAKE, "200 P active user_1"),
     ({"ref_release": 10.0}, UPDATE, TAKE, "409 conflict"),
     ({"stuck_references": ["user_1"]}, UPDATE, TAKE, "409 conflict"),
-    ({"unverified": ["D"]}, UPDATE, TAKE, "200 P active user_1"),
     ({"unverified": ["D"], "unverified_keep_references": True}, UPDATE, TAKE, "409 conflict"),
     ({"merge_moves_reference": True}, GET, P, "200 P active user_1"),
     ({"merge_moves_reference": True, "reference_lag": 5.0}, GET, P, "200 P active REVU-P1"),
     ({"list_lag": 12.0}, LIST, MAIL, "200 P D"),
     ({"list_lag": 12.0}, GET, D, "404 not_found"),
     ({"deleted_listed": True}, LIST, MAIL, "200 P D"),
-    ({"gone_of": {"D": "403"}}, GET, D, "404 not_found"),  # of another contact
     *(({"gone": gone}, GET, D, told) for gone, told in GONE),
     *(({"gone": gone}, LIST, MAIL, "200 P") for gone, _ in GONE),
     ({"stays": "locked"}, LIST, MAIL, "200 P D"),
@@ -246,7 +217,6 @@ AFTER: List[Row] = [
     ({"stays": "bare", "gone": "stays"}, GET, D, "200 D active None"),
     ({"stays": "own-reference", "gone": "stays"}, GET, D, "200 D active REVU-D1"),
     ({"stays": "archived", "gone": "stays"}, GET, D, "200 D archived user_1"),
-    ({"stays": "archived"}, GET, D, "404 not_found"),
 ]  # fmt: skip
 
 
@@ -320,42 +290,34 @@ def test_what_a_merge_request_is_told_and_what_becomes_of_it(
 
 def test_a_merge_may_leave_something_behind(played: Played) -> None:
     played.world.faults = [Fault("merge-leaves")]
-    works = played.organisation.works.find([("anyone", [played.duplicate])])
+    find = played.organisation.works.find
+    works = find([("anyone", [played.duplicate])])
     played.merge()
     played.world.settle()
-    left = played.organisation.works.find([("anyone", [played.duplicate])])
-    assert left == works[:1]
+    assert find([("anyone", [played.duplicate])]) == works[:1]
 
 
-def test_a_request_for_a_merge_that_is_pending_may_be_refused(played: Played) -> None:
-    played.merge()
-    assert played.merge() == "200"
-    played.world.in_progress = 409
-    assert played.merge() == "409 conflict"
-    played.world.settle()
-    assert played.organisation.merges == [(played.primary, played.duplicate)]
-
-
-def test_merges_go_one_at_a_time_where_another_is_refused(played: Played) -> None:
+def test_a_merge_may_be_refused_while_it_or_another_is_pending(played: Played) -> None:
     primary, duplicate = pair(played.organisation, 2)
     other = {"primary_user": primary, "secondary_user": duplicate}
     played.world.merge_jobs, played.world.busy_status = 1, 423
-    played.merge()
+    assert played.merge() == "200" and played.merge() == "200"
     assert played.told(MERGE, **other) == "423 locked"
+    played.world.in_progress = 409
+    assert played.merge() == "409 conflict"
     played.now += 1
     assert played.told(MERGE, **other) == "200"
+    assert played.organisation.merges == [(played.primary, played.duplicate)]
 
 
-def test_a_merge_moves_works_of_every_kind_and_joins_what_has_several_values(
-    played: Played,
-) -> None:
+def test_a_merge_moves_works_and_joins_what_has_several_values(played: Played) -> None:
     organisation, numbers = played.organisation, ["+49302", "+49301"]
     other = organisation.add_contact("O", EMAIL, "user_o", phone_numbers=numbers)
     works = [organisation.add_work([other], kind=kind) for kind in ALL_WORK_KINDS]
-    organisation.change(organisation.contacts[played.primary], phone_numbers=["+49301"])
+    contact = organisation.contacts[played.primary]
+    organisation.change(contact, phone_numbers=["+49301"])
     organisation.merge_joins = ("phone_numbers", "tags")
     organisation.merge(played.primary, other)
-    contact = organisation.contacts[played.primary]
     assert contact["phone_numbers"] == ["+49301", "+49302"] and "tags" not in contact
     assert {organisation.works[one]["owned_by"][0]["id"] for one in works} == {played.primary}
 
@@ -367,9 +329,7 @@ def test_something_may_put_a_reference_back(played: Played) -> None:
         assert played.told(GET, id="P") == f"200 P active {expected}"
 
 
-def test_the_application_makes_a_contact_only_where_no_contact_holds_the_reference(
-    played: Played,
-) -> None:
+def test_the_application_makes_a_contact_where_none_holds_the_reference(played: Played) -> None:
     organisation = played.organisation
     assert organisation.visit(EMAIL, "user_1") == played.duplicate
     played.merge()
@@ -382,9 +342,7 @@ def test_the_application_makes_a_contact_only_where_no_contact_holds_the_referen
     assert organisation.visit("b@example.com", "user_b") in organisation.unverified - {new}
 
 
-def test_a_rev_org_may_be_an_account_may_be_missing_and_holds_its_own_references(
-    played: Played,
-) -> None:
+def test_a_rev_org_may_be_an_account_or_missing_and_has_its_references(played: Played) -> None:
     organisation, body = played.organisation, {"external_ref": "user_b"}
     contact = organisation.add_contact("A", "a@example.com", "user_a", rev_org="account/NORTH")
     account = organisation.contacts[contact]["rev_org"]["id"]
@@ -442,7 +400,7 @@ def test_pages_come_as_the_switches_say(switches: Dict[str, Any], pages: List[st
     for key in "ABCDE":
         played.organisation.add_contact(key, "a@example.com")
     body: Dict[str, Any] = {"email": ["a@example.com"], "limit": 2}
-    assert played.pages(LIST, **body) == pages
+    assert played.pages(**body) == pages
     body["cursor"] = played.ask(LIST, **body)[1]["next_cursor"]
     assert played.told(LIST, limit=2, cursor=body["cursor"]) == "400 value_not_permitted"
     played.now += 11
@@ -454,8 +412,7 @@ def test_pages_continue_where_they_were_while_objects_come_and_go(played: Played
         played.organisation.add_contact(key, "a@example.com")
     content = played.ask(LIST, limit=2)[1]
     played.organisation.delete_contact(played.primary)
-    played.organisation.add_contact("Z", "z@example.com")
-    assert played.told(LIST, cursor=content["next_cursor"]) == "200 A B C Z"
+    assert played.told(LIST, cursor=content["next_cursor"]) == "200 A B C"
 
 
 def test_a_list_without_an_end_brings_nothing_new(played: Played) -> None:
@@ -524,16 +481,6 @@ def test_half_an_emoji_comes_as_it_was_cut(played: Played) -> None:
     assert played.told(GET, id="P") == f"200 P active{HALF_EMOJI} REVU-P1"
 
 
-def test_the_same_calls_make_the_same_world() -> None:
-    def play() -> List[Any]:
-        played = Played(faults=[Fault("503", chance=0.3)], seed=7)
-        asked = [played.ask(LIST, limit=1) for _ in range(20)] + [played.merge()]
-        played.now += 1
-        return [*asked, played.take_reference(), played.listed(), played.organisation.works]
-
-    assert play() == play()
-
-
 def test_what_only_a_socket_shows() -> None:
     """Answers that drip, come late, lie deep, have no body or break off; and the page."""
     organisation = Organisation()
@@ -550,8 +497,9 @@ def test_what_only_a_socket_shows() -> None:
     with Sandbox(organisation, merge_delay=60, merge_answer="204") as sandbox:
         both = {"primary_user": primary, "secondary_user": duplicate}
         assert ask("rev-users.merge", both) == (204, b"")
+        organisation.change(organisation.contacts[primary], display_name="<b>&")
         sandbox.pages["/"] = lambda: page(organisation)
-        assert b"REVU-P1" in ask("")[1]
+        assert b"REVU-P1" in ask("")[1] and b"&lt;b&gt;&amp;" in ask("")[1]
         with pytest.raises(urllib.error.HTTPError, match="404"):
             ask("rev-users.get?id=1")
         sandbox.faults = [Fault("drip", detail=0.001)]
@@ -564,11 +512,3 @@ def test_what_only_a_socket_shows() -> None:
         sandbox.faults = [Fault("reset-before")]
         with pytest.raises((ConnectionResetError, urllib.error.URLError)):
             ask("dev-users.self", {})
-
-
-def test_a_page_shows_contacts_and_their_tickets_and_escapes_what_they_hold(played: Played) -> None:
-    played.organisation.change(played.organisation.contacts[played.primary], display_name="<b>&")
-    played.organisation.merge(played.primary, played.duplicate)
-    text = page(played.organisation)
-    assert "&lt;b&gt;&amp;" in text and "<b>" not in text
-    assert "merged into REVU-P1" in text and "TKT-3" in text
