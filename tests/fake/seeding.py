@@ -41,7 +41,6 @@ def organisation_of(path: Path, key: str = "") -> Organisation:
             continue
         seedling = Seedling(organisation, contact, tickets, number)
         groups.setdefault(row["EMAIL"].casefold(), []).append(seedling)
-        seedling.grow()
     for group in groups.values():
         for one, other in zip(group, group[1:]):
             one.share_with(other)
@@ -55,32 +54,25 @@ class Seedling:
         self.organisation = organisation
         self.contact = contact
         self.tickets = tickets
-        self.number = number
-        self.roles = Counter()  # type: Counter[str]
+        self.roles: Counter[str] = Counter()
         self.works: list[str] = []
-
-    def grow(self) -> None:
-        """Add the works, and for every other contact a conversation."""
-        lead = ROLES[self.number % 3]
-        second = ROLES[(self.number + 1) % 3]
-        for n in range(self.tickets):
+        lead, second = ROLES[number % 3], ROLES[(number + 1) % 3]
+        for n in range(tickets):
             self._add((lead, second) if n % 3 == 0 else (lead,), n)
-        for n in range(self.tickets // 3):
+        for n in range(tickets // 3):
             self._add((second,), n)
-        if self.number % 2 == 0:
-            people = [self.contact, self.organisation.dev_user["id"]]
-            self.organisation.add_conversation(people, comments=self.number % 4)
+        if number % 2 == 0:
+            people = [contact, organisation.dev_user["id"]]
+            organisation.add_conversation(people, comments=number % 4)
 
     def share_with(self, other: Seedling) -> None:
         """Let the other have a role on a work of this one, where its count leaves room."""
         spare = [role for role in ROLES[:2] if other.roles[role] < other.tickets]
-        if not (self.works and spare):
-            return
-        work = self.organisation.works[self.works[0]]
-        ids = [person["id"] for person in work[spare[0]]]
-        people = self.organisation.people(ids + [other.contact])
-        self.organisation.change(work, **{spare[0]: people})
-        other.roles[spare[0]] += 1
+        if self.works and spare:
+            role, work = spare[0], self.organisation.works[self.works[0]]
+            ids = [person["id"] for person in work[role]]
+            self.organisation.give(work["id"], role, [*ids, other.contact])
+            other.roles[role] += 1
 
     def _add(self, roles: Sequence[str], n: int) -> None:
         self.roles.update(roles)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import socket
 import socketserver
 import struct
@@ -82,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
     def _reply(self, request: Request, answer: Answer) -> None:
         if answer.manner in ("hang", "reset"):
             if answer.manner == "hang":
-                self._hold(answer.seconds)
+                self.server.closing.wait(answer.seconds)
             self._reset()
             return
         payload = answer.payload
@@ -126,20 +125,6 @@ class Handler(BaseHTTPRequestHandler):
             if self.server.closing.wait(answer.seconds):
                 return
             self.wfile.write(bytes([byte]))
-
-    def _hold(self, seconds: float) -> None:
-        """Say nothing until the client hangs up, the time is over, or the sandbox closes."""
-        deadline = time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.connection, selectors.EVENT_READ)
-            while time.monotonic() < deadline and not self.server.closing.wait(0.02):
-                if not selector.select(0):
-                    continue
-                try:
-                    if not self.connection.recv(1, socket.MSG_PEEK):
-                        return
-                except OSError:
-                    return
 
 
 class Server(ThreadingHTTPServer):
