@@ -174,7 +174,7 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
     nobody = organisation.don("identity", "revu", "NOBODY")
     nothing = organisation.don("core", "ticket", "999999")
     nowhere = organisation.don("identity", "revo", "NONE")
-    filters = {"is_verified": False, "rev_org": [org], "phone_numbers": ["+4930123456"]}
+    filters = {"is_verified": False, "external_ref": ["user_a102"]}
     changes = {"id": third, "external_ref": "user_new", "display_name": "New", "phone_numbers": []}
     made = {
         "display_name": "Made", "email": "made@example.com", "external_ref": "user_made",
@@ -185,7 +185,7 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
     accepted = [
         (ME, {}), (GET, {"id": one}), (LIST, {}), (LIST, filters),
         (LIST, {"email": [organisation.contacts[one]["email"]], "limit": 1}),
-        (LIST, {"associations": [org], "is_verified": True, "limit": 1}), (UPDATE, changes),
+        (LIST, {"is_verified": True, "limit": 1}), (UPDATE, changes),
         (UPDATE, {"id": third, "display_picture": "ARTIFACT-2", "email": "new@example.com"}),
         (MERGE, {"primary_user": one, "secondary_user": other}),
         (WORKS, {"owned_by": [one, other], "limit": 100}),

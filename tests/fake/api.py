@@ -63,8 +63,7 @@ USER_SET = Field("set", USER_KINDS)
 CONTACT = Field("id", ("revu",), required=True)
 CONVERSATION = Field("id", ("conversation",), required=True)
 WORK = Field("id", ALL_WORK_KINDS, required=True)
-ORGS = Field("ids", ("revo", "account"))
-ORG = Field("id", ORGS.allowed)
+ORG = Field("id", ("revo", "account"))
 OBJECT = Field("id", (*ALL_WORK_KINDS, "conversation", "revu"), required=True)
 PAGING = {"cursor": TEXT, "limit": Field("int"), "mode": Field("enum", ("after",))}
 OF_A_CONTACT = {
@@ -75,7 +74,6 @@ OF_A_CONTACT = {
     "phone_numbers": TEXTS,
     "display_picture": TEXT,
 }
-VISIBILITIES = ("external", "internal", "private", "public")
 
 # The properties that the world acts on and no others: a filter that was accepted and then ignored
 # would answer a question nobody asked. Which kinds of works there are, the world says.
@@ -83,8 +81,7 @@ SHAPES: dict[str, dict[str, Field]] = {
     "dev-users.self": {},
     "rev-users.get": {"id": CONTACT},
     "rev-users.list": dict(
-        PAGING, email=TEXTS, external_ref=TEXTS, phone_numbers=TEXTS, rev_org=ORGS,
-        associations=ORGS, is_verified=Field("bool"),
+        PAGING, email=TEXTS, external_ref=TEXTS, is_verified=Field("bool")
     ),
     "rev-users.merge": {"primary_user": CONTACT, "secondary_user": CONTACT},
     "rev-users.create": dict(OF_A_CONTACT, rev_org=ORG),
@@ -99,11 +96,8 @@ SHAPES: dict[str, dict[str, Field]] = {
     "conversations.update": dict(
         id=CONVERSATION, members=USER_SET, owned_by=USER_SET, title=TEXT, description=TEXT
     ),
-    "timeline-entries.list": dict(
-        PAGING, object=OBJECT, visibility=Field("enums", VISIBILITIES)
-    ),
+    "timeline-entries.list": dict(PAGING, object=OBJECT),
 }  # fmt: skip
-CONTACT_FILTERS = ("email", "external_ref", "phone_numbers", "rev_org")
 MEMBERS = ("members",)
 NOT_PERMITTED = "value_not_permitted"
 
@@ -393,11 +387,10 @@ class Api:
             raise self._forbidden()
         if "is_verified" in body and world.verified_filter == "400":
             raise bad("invalid_field", "is_verified", "unknown property")
-        filters: list[Filter] = [(name, body[name]) for name in CONTACT_FILTERS if body.get(name)]
-        if world.email_ignores_case and body.get("email"):
-            filters[0] = ("email_lower", [one.lower() for one in body["email"]])
-        if body.get("associations"):
-            filters.append(("rev_org", body["associations"]))
+        wanted = {name: body[name] for name in ("email", "external_ref") if body.get(name)}
+        if world.email_ignores_case and "email" in wanted:
+            wanted["email_lower"] = [one.lower() for one in wanted.pop("email")]
+        filters: list[Filter] = list(wanted.items())
         contacts = {one["id"]: one for one in organisation.contacts.find(filters, world.list_lag)}
         if world.deleted_listed:
             for object_id, one in organisation.deleted.items():
@@ -450,14 +443,12 @@ class Api:
             raise bad(NOT_PERMITTED, "secondary_user", "it can't be merged into itself")
         for contact_id in (primary, secondary):
             self._contact(contact_id)
-        unverified = [one in self.organisation.unverified for one in (primary, secondary)]
-        manner = "works"
-        if unverified == [False, True]:
-            manner = self.world.unverified_merge
-        if unverified == [True, False]:
-            manner = self.world.verified_merge
+        unverified = tuple(one in self.organisation.unverified for one in (primary, secondary))
+        world = self.world
+        manners = {(False, True): world.unverified_merge, (True, False): world.verified_merge}
+        manner = manners.get(unverified, "works")
         if manner == "works":
-            self.world.plan_merge(primary, secondary, self._fault)
+            world.plan_merge(primary, secondary, self._fault)
         elif manner != "never":
             raise Refused(int(manner), "Unverified users cannot be merged into verified users.")
         return {}
@@ -553,10 +544,8 @@ class Api:
     def _list_entries(self, body: Thing) -> Thing:
         organisation, object_id = self.organisation, body["object"]
         existing(object_id, organisation.works, organisation.conversations, organisation.contacts)
-        visible = body.get("visibility") or VISIBILITIES
-        entries = enumerate(organisation.timelines.get(object_id, ()))
-        found = [entry for entry in entries if entry[1]["visibility"] in visible]
-        return self._page("timeline_entries", found, body)
+        entries = list(enumerate(organisation.timelines.get(object_id, ())))
+        return self._page("timeline_entries", entries, body)
 
     def _changed(self, thing: Record, body: Thing) -> Record:
         changes = dict(body)

@@ -150,10 +150,6 @@ def contact_keys(contact: Mapping[str, Any]) -> Iterator[Key]:
     yield "external_ref", contact.get("external_ref")
     for reference in contact.get("external_refs", ()):
         yield "external_ref", reference
-    if "rev_org" in contact:
-        yield "rev_org", contact["rev_org"]["id"]
-    for number in contact.get("phone_numbers", ()):
-        yield "phone_numbers", number
 
 
 def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
