@@ -1,4 +1,4 @@
-"""The README and `--help` against the module: exit codes, options, error codes, settings, states, words."""
+"""README and `--help` against the module: exit codes, options, codes, settings, states, words."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 PROSE = FENCED.sub("", README)
 # Words of our own that a reader has to learn; said instead: requested, no longer exists, again, ...
 HOUSE_WORDS = (
-    "anew", "hangs on", "hang on", "has gone", "have gone", "taken back", "takes back", "take back", "given back",
-    "gives back", "handed back", "mend", "mended", "flaw", "somebody", "nobody", "asked for", "asks for",
-    "comes to rest", "at rest", "lets go", "let go", "looked at", "look at", "looks at", "goes on", "go on", "begun",
-    "at its end", "at their end", "at an end", "the disk refuses", "ceiling", "rev org",
+    "anew", "hangs? on", "ha(s|ve) gone", "(taken?|takes|given?|gives|handed) back", "mend(ed)?",
+    "flaw", "somebody", "nobody", "ask(ed|s) for", "comes to rest", "at rest", "lets? go",
+    "look(s|ed)? at", "goes on", "go on", "begun", "at (its|their|an) end", "the disk refuses",
+    "ceiling", "rev org",
 )  # fmt: skip
 PAGES = ("README.md", "CHANGELOG.md", "tests/README.md", ".env.example", "--help")
 COMMAND = [sys.executable, str(SCRIPT), "--help"]
@@ -50,7 +50,7 @@ def parser_options() -> set[str]:
     return {name for name in names if name[:2] == "--"}
 
 
-# -- the module's tables -----------------------------------------------------------------------------
+# -- the module's tables ---------------------------------------------------------------------------
 
 
 def test_exit_codes_are_those_of_the_module() -> None:
@@ -112,16 +112,16 @@ def test_states_fields_and_lists_of_a_report_are_explained() -> None:
     assert {*tool.BESIDE_PAIRS, *summary} <= in_code(TESTS)
 
 
-def test_the_columns_are_the_eight_of_the_query() -> None:
+def test_the_columns_and_the_classes_are_named() -> None:
     section = README.partition("## The CSV\n")[2].partition("\n## ")[0]
     assert set(COLUMNS) <= in_code(section)
     assert {"duplicate_id", "primary_id"} <= set(tool.MERGE_COLUMNS) & in_code(README)
-
-
-def test_the_classes_and_their_jobs_are_named() -> None:
-    section = README.partition("**Architecture.**")[2]
-    for name in ("Contact", "DevRevAPI", "SavePoint", "ContactMerger", "main"):
-        assert re.search(rf"^- `{name}(\(\))?`: \w+", section, re.MULTILINE) and hasattr(tool, name)
+    jobs = re.findall(r"^- `(\w+)(?:\(\))?`: \w+", README, re.MULTILINE)
+    assert (
+        {"Contact", "DevRevAPI", "SavePoint", "ContactMerger", "main"}
+        <= set(jobs)
+        <= set(dir(tool))
+    )
 
 
 def test_the_changelog_begins_with_this_version() -> None:
@@ -129,18 +129,11 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert re.findall(r"^## \[?([\d.]+)", text, re.MULTILINE)[0] == tool.__version__
 
 
-# -- what a reader meets -----------------------------------------------------------------------------
+# -- what a reader meets ---------------------------------------------------------------------------
 
 
 def test_the_readme_can_be_finished() -> None:
     assert len(README.split()) <= 2800 and len(README.splitlines()) <= 300
-
-
-def test_the_first_screen_says_what_hurts_what_helps_what_else_there_is_and_the_status() -> None:
-    first = "\n".join(README.splitlines()[:24])
-    for words in ("**The problem.**", "**What this does.**", "**What else there is.**"):
-        assert words in first
-    assert "not yet run against a production organisation" in first
 
 
 def test_the_links_lead_somewhere() -> None:
@@ -158,18 +151,15 @@ def test_the_links_lead_somewhere() -> None:
 def test_one_command_sets_up_and_runs_the_tests_and_one_the_demo() -> None:
     """The first line with `-m pytest` is what `.ci/run` runs."""
     for last in ("-m pytest", "-m tests.sandbox"):
-        begin = "python3 -m venv"
-        lines = [one for one in README.splitlines() if one.startswith(begin) and one.endswith(last)]
-        (line,) = lines
+        (line,) = re.findall(rf"^python3 -m venv .*{last}$", README, re.MULTILINE)
         assert "pip install" in line and "-r requirements.txt" in line
     assert README.count("-m pytest") == 1
 
 
 def test_the_demo_ends_in_a_summary_and_the_next_step() -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.sandbox"], cwd=str(ROOT), env=environment, stdout=subprocess.PIPE,
-        encoding="utf-8", check=False,
+        [sys.executable, "-m", "tests.sandbox"], cwd=str(ROOT), encoding="utf-8", check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"}, stdout=subprocess.PIPE,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) < 60 and "[NO]" not in done.stdout, done.stdout
@@ -194,5 +184,5 @@ def test_no_house_words(page: str) -> None:
     words = re.sub(r"\s+", " ", text)
     found = []
     for word in HOUSE_WORDS:
-        found += re.findall(rf".{{0,40}}\b{word}\b.{{0,40}}", words, re.IGNORECASE)
+        found += re.findall(rf"\b{word}\b.{{0,40}}", words, re.IGNORECASE)
     assert not found

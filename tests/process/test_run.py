@@ -1,8 +1,7 @@
-"""The main job through the front door: what is merged, what lies on the disk, what the report says."""
+"""The main job through the front door: what is merged, and what lies on the disk."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -10,10 +9,8 @@ import sys
 
 import pytest
 
-from tests.fake.seeding import organisation_of
 from tests.sandbox import Fault, Organisation, Sandbox
 from tests.support import (
-    SAMPLE,
     Workplace,
     assert_merged,
     organisation_of_pairs,
@@ -52,15 +49,10 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
         assert findings == [None] * 20
         assert_merged(seeded, pairs)
         assert {one: seeded.contacts[one] for one in untouched} == untouched
-        expected = {
-            "contacts_read": len(seeded.contacts),
-            "pairs_planned": 20,
-            "successful_merges": 20,
-            "skipped_groups": 2,
-            "total_merges_attempted": 20,
-        }
-        summary = {name: count for name, count in report["summary"].items() if count}
-        assert summary == expected
+        assert {name: count for name, count in report["summary"].items() if count} == {
+            "contacts_read": len(seeded.contacts), "pairs_planned": 20, "skipped_groups": 2,
+            "successful_merges": 20, "total_merges_attempted": 20,
+        }  # fmt: skip
         assert report["run"]["requests"]["rev-users.merge"] == 20
         assert report["run"]["requests_total"] == len(sandbox.requests)
         entries = {one["email"]: one for one in report["successful_merges"]}
@@ -73,20 +65,6 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
         again = place.run(sandbox, python=[sys.executable], check=0)  # as in the README
         assert again.report["summary"]["already_merged"] == 20
         assert sandbox.count("rev-users.merge") == before
-
-
-def test_a_group_with_several_revu_contacts_ends_as_one_contact_with_the_user_reference(
-    place: Workplace,
-) -> None:
-    organisation = organisation_of(SAMPLE)
-    place.csv.write_bytes(SAMPLE.read_bytes())
-    with Sandbox(organisation) as sandbox:
-        place.run(sandbox, check=0)
-    primaries = []
-    for primary, _ in organisation.merges:
-        if organisation.contacts[primary]["email"].startswith("jonas."):
-            primaries.append(organisation.contacts[primary]["external_ref"])
-    assert len(primaries) == 2 and len(set(primaries)) == 1 and primaries[0].startswith("user_")
 
 
 def test_preview_makes_no_request_needs_no_token_and_writes_only_a_log(
@@ -110,18 +88,6 @@ def test_what_a_run_leaves_is_readable_by_its_owner_alone(place: Workplace) -> N
         assert not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO), path
 
 
-def test_settings_come_from_env_files_and_the_environment_wins(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        lines = [f"{name}={value}" for name, value in sandbox.environment().items()]
-        (place.folder / ".env").write_text("\n".join(lines), encoding="utf-8")
-        place.run(None, check=2, DEVREV_API_TOKEN="another")
-        assert organisation.merges == []
-        place.run(None, check=0)
-        assert_merged(organisation, pairs)
-
-
 def test_the_token_is_in_no_file_and_no_output(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(3)
     place.export(organisation)
@@ -135,9 +101,7 @@ def test_the_token_is_in_no_file_and_no_output(place: Workplace) -> None:
     assert all(token.encode() not in path.read_bytes() for path in place.files())
 
 
-def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it_is_for(
-    place: Workplace,
-) -> None:
+def test_the_log_tells_each_step_and_request_with_whom_it_is_for(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -160,7 +124,5 @@ def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it
         "merged and verified",
     ]
     assert entry["backed_up"] == {"works": 3, "conversations": 1, "timeline_entries": 6}
-    requests = [line.split("DEBUG ")[1] for line in lines if " -> 200 in " in line]
-    assert len(requests) >= report["run"]["requests_total"] - 5
-    assert any(one.startswith("rev-users.merge {'primary_user': ") for one in requests)
-    assert json.loads(json.dumps(report))["run"]["log"].endswith(path.name)
+    assert any("DEBUG rev-users.merge {'primary_user': " in line for line in lines)
+    assert report["run"]["log"].endswith(path.name)

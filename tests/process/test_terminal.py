@@ -1,4 +1,4 @@
-"""What needs a terminal, a pipe or a signal: the question, the status line, widths, output that nobody takes."""
+"""What needs a terminal, a pipe or a signal: question, status line, widths, closed output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 
 
 def wait_until(is_so: Callable[[], bool], pid: int = 0, seconds: float = 60) -> None:
-    """Wait for something; fail where it takes too long, or where the process that does it has ended."""
+    """Wait for something; fail where it takes too long, or where the process has ended."""
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, "it takes too long"
@@ -58,7 +58,7 @@ def test_on_a_terminal_only_a_typed_merge_continues(
         text = terminal.read_until("Type merge")
         for fact in (
             "SANDBOX1", "Dana Developer", "contacts.csv", plan.partition(" ")[2], "2 pairs",
-            "Person 1 / P. 1", "REVU-D1", "token of", "http://127.0.0.1", "DevRev can't undo a merge", "backups",
+            "Person 1 / P. 1", "REVU-D1", "http://127.0.0.1", "DevRev can't undo a merge",
         ):  # fmt: skip
             assert fact in text
         assert sandbox.count("rev-users.merge") == 0
@@ -68,36 +68,15 @@ def test_on_a_terminal_only_a_typed_merge_continues(
 
 
 @posix
-def test_a_typed_settle_cancels_a_merge_that_devrev_has_accepted(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never")]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
-    for typed, code in (("no\n", 2), ("settle\n", 0)):
-        terminal = Terminal(place, None, "--settle", "person1@example.com")
-        assert "to cancel     1 merge that DevRev has accepted" in terminal.read_until("cancel: ")
-        terminal.type(typed)
-        assert terminal.end() == code, terminal.text
-    assert "cancelled  person1@example.com" in terminal.text
-
-
-@posix
 def test_what_earlier_runs_left_is_in_the_question(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
-        out = place.run(None, "--preview", check=0).out
-        assert "TO FINISH FIRST, from earlier runs: 1 pair" in out
-        assert (
-            out.splitlines()[-1]
-            == "0 pairs to merge, 1 of earlier runs to finish first, 1 merged before"
-        )
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--limit", "1", columns=200)
-        question = terminal.read_until("Type merge")
-        words = "finish 1 pair of earlier runs: Person 1 / P. 1"
-        assert f"first         {words}" in question
+        words = "first         finish 1 pair of earlier runs: Person 1 / P. 1"
+        assert words in terminal.read_until("Type merge")
         terminal.type("no\n")
         assert terminal.end() == 2
 
@@ -142,12 +121,10 @@ def test_quiet_says_only_errors_and_the_summary_and_verbose_each_request(place: 
     assert quiet.err == "" and "person2@" not in quiet.out and "1 of 1 pair" in quiet.out
 
 
-@pytest.mark.parametrize(
-    "options, word", [("--help", "Exit codes:"), ("--version", "merge_contacts ")]
-)
-def test_help_and_version_write_nothing(place: Workplace, options: str, word: str) -> None:
+@pytest.mark.parametrize("option, word", [("--help", "Exit codes:"), ("--version", "3.")])
+def test_help_and_version_write_nothing(place: Workplace, option: str, word: str) -> None:
     as_a_script = [sys.executable]  # as the README has it
-    assert word in place.run(None, options, python=as_a_script, check=0).out
+    assert word in place.run(None, option, python=as_a_script, check=0).out
     assert place.files() == []
 
 
@@ -165,14 +142,12 @@ def test_output_that_is_not_read_any_more_does_not_stop_a_run(place: Workplace) 
 
 
 @posix
-@pytest.mark.parametrize("options", ["--preview", "--status --json"])
-def test_results_that_can_not_be_written_make_the_exit_code_3(
-    place: Workplace, options: str
-) -> None:
+@pytest.mark.parametrize("options", [["--preview"], ["--status", "--json"]])
+def test_results_that_can_not_be_written_are_exit_3(place: Workplace, options: list[str]) -> None:
     place.export(organisation_of_pairs(1)[0])
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(
-            place.command(*options.split()), cwd=str(place.folder), check=False,
+            place.command(options, ()), cwd=str(place.folder), check=False,
             env=place.environment(None, {}), stdout=full, stderr=subprocess.PIPE,
         )  # fmt: skip
     assert done.returncode == 3 and b"No space left" in done.stderr
@@ -221,48 +196,15 @@ def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signa
     assert len(list((place.folder / "reports").glob("*.json"))) == 1
 
 
-def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_log(
-    place: Workplace,
-) -> None:
-    organisation, _ = organisation_of_pairs(23)
+def test_status_while_a_run_is_in_progress_says_so_and_leaves_no_log(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(3)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("merge-never", skip=1)]) as sandbox:
         process = place.start(sandbox, "--merge-timeout", "60")
-
-        def are_accepted() -> bool:
-            assert process.poll() is None
-            out = place.run(None, "--status", check=0).out
-            line = r"^unfinished +person\d+@.* accepted by DevRev, not yet confirmed$"
-            return len(re.findall(line, out, re.MULTILINE)) >= 18
-
-        wait_until(are_accepted)
+        wait_until(lambda: sandbox.count("rev-users.merge") == 3 or process.poll() is not None)
         out = place.run(None, "--status", check=0).out
         process.terminate()
         assert process.communicate(timeout=60) and process.returncode == 143
     assert len(list(Path(place.folder, "logs").iterdir())) == 1
     assert f"a run is in progress: process {process.pid} on " in out
-    assert "merge of 23 pairs: " in out and " ended" in out and " more" in out
-
-
-PLAIN_WORDS = {
-    "--verify-backups": (2, "error: backups is not a folder; name the folder"),
-    "--preview --email two@example.com": (0, "two@example.com: skipped: "),
-    "--check": (2, "python-dotenv could not parse statement starting at line 2"),
-}
-
-
-@pytest.mark.parametrize("options, expected", PLAIN_WORDS.items())
-def test_messages_are_plain_and_name_the_problem(
-    place: Workplace, options: str, expected: tuple[int, str]
-) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    for number in (1, 2):
-        organisation.add_contact(f"T{number}", "two@example.com", f"user_t{number}")
-    place.export(organisation)
-    (place.folder / ".env").write_text("DEVREV_API_TOKEN='\u201ct\u201d'\na line\n", "utf-8")
-    code, says = expected
-    result = place.run(None, *options.split(), check=code)
-    assert any(line.startswith(says) for line in result.err.splitlines()), result.err
-    if options == "--check":
-        assert "DEVREV_API_TOKEN contains a space" in result.out
-        assert result.out.splitlines()[-1].startswith("not ready: ")
+    assert "merge of 3 pairs: " in out and "unfinished  person" in out
