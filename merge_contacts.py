@@ -4854,7 +4854,6 @@ class Preconditions:
     def __init__(self, context: ContactMerger, group: Group) -> None:
         self.context = context
         self.group = group
-        self.folder = ""  # of the backup, once the integrity check has passed
         self.backup: Backup | None = None  # the last one
         self.live: dict[str, Json] = {}  # rev users by id
         self._checked: Timestamp | None = None
@@ -4867,23 +4866,11 @@ class Preconditions:
         if self._is_older(self._checked, self.FRESH) or self._is_older(self._listed, self.LISTED):
             raise PreconditionsExpired()
 
-    def invalidate(self) -> None:
-        """Forget them; timelines of objects that have not changed need not be read again."""
-        self.folder = ""
-        self._checked = None
-        self._listed = None
-
-    def clear(self) -> None:
-        """Free the memory: what is verified is read from the disk."""
-        self.invalidate()
-        self.live = {}
-        self._timelines = {}
-
     async def ensure_fresh(self) -> None:
         """Check and back up again what is too old, or was never read. Raises PairError with the
         first problem."""
         self.context.raise_if_draining()
-        if not self.folder or self._is_older(self._listed, self.LISTED):
+        if self._is_older(self._listed, self.LISTED):
             await self._check()
             if self.group.pending():
                 await self._back_up()
@@ -4943,7 +4930,6 @@ class Preconditions:
             greatest = ticket_count(entry["works"].values())
             check_count(self.group, contact, greatest, self.context.options)
         log.info("%s: the integrity check of %s has passed", email, folder)
-        self.folder = str(folder)
         self._listed = since
 
     async def _read_contacts(self) -> tuple[list[ContactSnapshot], Timestamp]:
@@ -5060,6 +5046,7 @@ class BackedUp(NamedTuple):
     folder: str
     expected: list[Json]  # what has to belong to the primary, as `{id, role}`
     telling: list[Json]  # of these what no other contact of the backup had: it proves a merge
+    duplicate: Json  # its `rev_user`
     emails: list[str]  # the address as DevRev spells it, whose filter may mind case
 
 
@@ -5073,8 +5060,15 @@ def read_backed_up(pair: Pair) -> BackedUp:
             if identity != pair.duplicate.id:
                 shared.update(item["id"] for item in backup.to_transfer(identity))
         telling = [item for item in expected if item["id"] not in shared]
-        emails = sorted({str(backup.contact(one)["email"]).strip() for one in pair.ids})
-        return BackedUp(pair.backup, expected, telling, emails)
+        primary, duplicate = map(backup.contact, pair.ids)
+        emails = sorted({str(user["email"]).strip() for user in (primary, duplicate)})
+        return BackedUp(
+            pair.backup,
+            expected,
+            telling,
+            duplicate,
+            emails,
+        )
 
 
 class TransferVerifier:
@@ -5282,11 +5276,6 @@ class TransferVerifier:
 FIRST_DEADLINE = 5.0
 
 
-def longer(deadline: float, settings: ApiSettings) -> float:
-    """Return the deadline of a request after one with `deadline` had no answer."""
-    return min(2 * deadline, max(deadline, settings.timeout))
-
-
 class ReferenceUpdate:
     """Sets the reference of a contact, for a merge and for an undo; an update may be sent again and
     again.
@@ -5308,7 +5297,7 @@ class ReferenceUpdate:
         self.options = options
         # Why the last update is not known to have been made: a refusal, or that it had no answer.
         self.problem: ApiError | NoUsableResponse | None = None
-        self._deadline = FIRST_DEADLINE
+        self._deadlines = Backoff(FIRST_DEADLINE, api.settings.timeout)
 
     async def send(self) -> Json | None:
         """Update the contact once, and return it as DevRev has it then; None where it no longer
@@ -5317,17 +5306,13 @@ class ReferenceUpdate:
         `{}` where neither the answer nor a read tells.
         """
         body = {"external_ref": self.reference}
-        options = self.options()._replace(deadline=self._deadline)
+        options = self.options()._replace(deadline=self._deadlines.next())
         try:
             user = await self.api.update_contact(self.contact.id, body, options)
-        except ApiError as error:
-            self.problem = error
-        except NoUsableResponse as error:
-            self.problem = error
-            self._deadline = longer(self._deadline, self.api.settings)
-        else:
             self.problem = None
             return user
+        except (ApiError, NoUsableResponse) as error:
+            self.problem = error
         try:
             return await self.read()
         except (ApiError, NoUsableResponse) as error:
@@ -5342,11 +5327,6 @@ class ReferenceUpdate:
 class UnexplainedConflict(PairError):
     """A reference is in use, and no contact outside the pair holds it: it says something of the
     organisation."""
-
-    def __init__(self, pair: Pair) -> None:
-        gone = f"{pair.duplicate.short_id}, which no longer exists"
-        words = f"the reference {pair.new_ref} is held by {gone}"
-        super().__init__("external_ref_conflict", f"{words}, or a contact that the token can't see")
 
 
 class PairMerge:
@@ -5391,7 +5371,7 @@ class PairMerge:
         self._busy_pauses = Backoff(0.5, 20.0)
         self._unusable = 0  # polls in a row without a usable answer
         self._poll_problem: PairError | None = None  # of the last poll
-        self._deadline = FIRST_DEADLINE
+        self._deadlines = Backoff(FIRST_DEADLINE, self.api.settings.timeout)
 
     async def advance(self, until: State | None = None) -> bool:
         """Take the pair from one recovery point to the next, up to `until` or its end. Return
@@ -5418,10 +5398,6 @@ class PairMerge:
         except PairError as problem:
             await self.end(problem)
             return False
-        except PermissionDenied as denied:
-            if pair.state in UNFINISHED:
-                await self.context.record_outcome(pair, PairError("forbidden", str(denied)), False)
-            raise
         except ODD_ANSWER as error:
             await self.end(odd_answer(pair.email, error))
             return False
@@ -5522,7 +5498,7 @@ class PairMerge:
                 raise PairError("plan_changed", words)
             pair.primary = wanted.primary
             pair.duplicate = wanted.duplicate
-            self.run.preconditions.invalidate()
+            self.run.forget_preconditions()
         async with self.run.lock:  # the pairs of a group rest on the same preconditions
             try:
                 refreshes = 0
@@ -5628,26 +5604,20 @@ class PairMerge:
         pair = self.pair
         preconditions = self.run.preconditions
         self.rejection = None
+        pair.begin_request(context.environment.now().wall)
+        preconditions.note_backup(pair)
+        if context.options.carry_fields:
+            duplicate = preconditions.live[pair.duplicate.id]
+            pair.fields_to_carry = fields_to_carry({}, duplicate)
+            pair.carries_last = True
         try:
-            preconditions.require_fresh()
-            context.raise_if_draining()
-            now = context.environment.now().wall
-            pair.begin_request(now)
-            preconditions.note_backup(pair)
-            if context.options.carry_fields:
-                duplicate = preconditions.live[pair.duplicate.id]
-                pair.fields_to_carry = fields_to_carry({}, duplicate)
-                pair.carries_last = True
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
             preconditions.require_fresh()
-            context.cancel_token.raise_if_cancelled()
-            if context.savepoint.failure:
-                raise Cancelled()
+            context.raise_if_draining()
         except (PreconditionsExpired, Cancelled):
-            if pair.before_request is not None:
-                pair.withdraw_request()
-                await context.savepoint.save(pair)
+            pair.withdraw_request()
+            await context.savepoint.save(pair)
             raise
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
@@ -5720,7 +5690,7 @@ class PairMerge:
         # A request whose answer was lost may never have arrived.
         longest = self.timeout if self._is_answered() else min(10.0, self.timeout / 4)
         self._unusable = 0
-        self._deadline = FIRST_DEADLINE
+        self._deadlines.reset()
         polls = 0
         while True:
             asked = self._waited()
@@ -5753,20 +5723,19 @@ class PairMerge:
         """Poll the duplicate once. Return None where the answer does not tell; `_poll_problem` says
         why."""
         self._poll_problem = None
-        options = self._request_options()._replace(deadline=self._deadline)
+        options = self._request_options()._replace(deadline=self._deadlines.next())
         try:
             status = await self.api.poll_duplicate(
                 self.pair.primary.id, self.pair.duplicate, options
             )
         except (ApiError, NoUsableResponse) as error:
             self._poll_problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-            self._deadline = longer(self._deadline, self.api.settings)
             # The 404 of a route has no type, and says nothing.
             if not isinstance(error, ApiError) or error.status != 404 or error.data.get("type"):
                 self._unusable += 1
             return None
         self._unusable = 0
-        self._deadline = FIRST_DEADLINE
+        self._deadlines.reset()
         return status
 
     def _is_answered(self) -> bool:
@@ -5801,7 +5770,7 @@ class PairMerge:
         pair.carries_last = True
         if pair.new_ref:
             with contextlib.suppress(PairError):  # it is written as DevRev spells it
-                own = str(backed_up_contact(pair.backup, pair.duplicate.id).get("external_ref"))
+                own = str(self.verifier.backed_up.duplicate.get("external_ref"))
                 if own.strip() == pair.new_ref:
                     self.update.reference = own
             # Where another run requested the merge, others may have set a reference by hand.
@@ -5839,7 +5808,8 @@ class PairMerge:
                 if await self._holds_reference():
                     return True
                 if is_over:
-                    raise UnexplainedConflict(pair)
+                    words = f"the reference {pair.new_ref} is in use by no contact that can be seen"
+                    raise UnexplainedConflict("external_ref_conflict", words)
 
     def _not_set(self, user: Json | None) -> PairError:
         """Return why the last update has not given the primary its reference."""
@@ -5853,10 +5823,11 @@ class PairMerge:
         return PairError(code, f"the reference {self.pair.new_ref} could not be set: {why}")
 
     def _has_it(self, user: Json | None) -> bool:
-        """Return whether the primary has the new reference, and keep what shows it."""
-        if not user or live_reference(user) != self.pair.new_ref:
+        """Return whether the primary exists with its new reference, if it gets one, and keep what
+        shows it."""
+        if is_gone(user) or self.pair.new_ref not in (None, live_reference(user or {})):
             return False
-        self.verifier.primary = user
+        self.verifier.primary = user or {}
         return True
 
     async def _holds_reference(self) -> bool:
@@ -5901,8 +5872,7 @@ class PairMerge:
         if pair.fields_to_carry and pair.carries_last:
             async with self.run.lock:
                 primary = await self._carry_fields(primary)
-        duplicate = backed_up_contact(pair.backup, pair.duplicate.id)
-        pair.fields_lost = lost_fields(duplicate, primary)
+        pair.fields_lost = lost_fields(self.verifier.backed_up.duplicate, primary)
         pair.left_behind = []
         expected = {item["id"] for item in self.verifier.backed_up.expected}
         pair.proved = len(expected.difference(pair.deleted))
@@ -5915,14 +5885,12 @@ class PairMerge:
         Raises PairError: not_found, external_ref_changed, reference_reverted.
         """
         pair = self.pair
-        primary = self.verifier.primary
+        primary: Json | None = self.verifier.primary or None
         pauses = Backoff(0.5, 10.0)
         started = self.context.environment.now()
-        while (
-            not primary or is_gone(primary) or pair.new_ref not in (None, live_reference(primary))
-        ):
+        while not self._has_it(primary):
             primary = check_reference(pair, await self.update.read())  # lists lag
-            if pair.new_ref in (None, live_reference(primary)):
+            if self._has_it(primary):
                 break
             if pair.state is State.VERIFYING:
                 log.warning("%s: %s has its old reference again", pair.email, pair.primary.short_id)
@@ -5933,7 +5901,7 @@ class PairMerge:
                 now = live_reference(primary) or "none"
                 raise PairError("reference_reverted", f"{words} {now} again")
             await self._pause(pauses.next())
-        return primary
+        return self.verifier.primary
 
     async def _carry_fields(self, primary: Json) -> Json:
         """Give the primary what only the duplicate had (--carry-fields), and return the primary as
@@ -5983,9 +5951,13 @@ class GroupRun:
         self.group = group
         self.pairs = pairs
         self.resumed = resumed
-        self.preconditions = Preconditions(context, group)
+        self.forget_preconditions()
         self.lock = asyncio.Lock()
         self.attempted = asyncio.Event()  # each pair was tried, or has to wait
+
+    def forget_preconditions(self) -> None:
+        """Have them read again before the next request, and free their memory until then."""
+        self.preconditions = Preconditions(self.context, self.group)
 
     async def run(self) -> None:
         merges = [PairMerge(self.context, pair, self) for pair in self.pairs]
@@ -5994,7 +5966,7 @@ class GroupRun:
                 if not await merge.advance(until=State.VERIFYING):
                     await self._refuse_planned(merges, merge.pair)
                     break
-            self.preconditions.clear()
+            self.forget_preconditions()
             await together(*(merge.advance() for merge in merges))
         finally:
             self.attempted.set()

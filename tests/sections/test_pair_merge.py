@@ -185,7 +185,7 @@ class Played:
             if left != "planned":
                 await run.preconditions.ensure_fresh()
                 run.preconditions.note_backup(pair)
-                run.preconditions.invalidate()
+                run.forget_preconditions()
                 pair.requested_at = pair.first_requested_at = devrev.now().wall
                 pair.move_to(State(left.rstrip("!")))
                 if left.endswith("!"):
@@ -220,8 +220,8 @@ CASES = """
 merge=odd!               -> done: lists merge poll set lists
 merge=400                -> requested merge_refused: lists merge poll
 merge=400!               -> done: lists merge poll set lists
-merge=403                -> requested forbidden exit 2: lists merge poll
-merge=403 poll=400       -> requested forbidden exit 3: lists merge poll
+merge=403                -> requested interrupted exit 2: lists merge poll
+merge=403 poll=400       -> requested interrupted exit 3: lists merge poll
 merge=403!               -> done: lists merge poll set lists
 merge=404                -> requested merge_refused: lists merge read poll
 merge=404!               -> done: lists merge read poll work lists poll set lists
@@ -262,7 +262,7 @@ poll=lost                -> done: lists merge poll lists holders work lists set 
 poll=500,500,404         -> done: lists merge poll set lists
 merge=lost poll=400      -> requested api_error: lists merge (poll lists)+
 poll=400 holders=there   -> acknowledged api_error: lists merge (poll lists holders)+
-poll=401                 -> acknowledged forbidden exit 3: lists merge poll
+poll=401                 -> acknowledged interrupted exit 3: lists merge poll
 poll=stop,there,404      -> proving interrupted exit 3: lists merge poll set
 # the reference
 set=400               -> merged external_ref_not_set: lists merge poll set read
