@@ -5690,7 +5690,7 @@ class PairMerge:
         # A request whose answer was lost may never have arrived.
         longest = self.timeout if self._is_answered() else min(10.0, self.timeout / 4)
         self._unusable = 0
-        self._deadlines.reset()
+        self._deadlines = Backoff(FIRST_DEADLINE, self.api.settings.timeout)
         polls = 0
         while True:
             asked = self._waited()
@@ -5735,7 +5735,7 @@ class PairMerge:
                 self._unusable += 1
             return None
         self._unusable = 0
-        self._deadlines.reset()
+        self._deadlines = Backoff(FIRST_DEADLINE, self.api.settings.timeout)
         return status
 
     def _is_answered(self) -> bool:
