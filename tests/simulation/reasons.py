@@ -110,7 +110,7 @@ class ReasonChecker:
         is_gone = is_said and not self.organisation.alive(ids[1])
         return is_gone or (("different_rev_org", email) in skipped and self._orgs_differ(ids))
 
-    def _objects_tell(self, ids: Ids, row: Any) -> bool:
+    def objects_tell(self, ids: Ids, row: Any) -> bool:
         """Whether a backup has an object of the duplicate alone, or a poll names the primary."""
         world = self.checker.fake_devrev
         if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
@@ -124,7 +124,7 @@ class ReasonChecker:
         is_carried_out = state == "cancelled" and self.checker.into(ids)
         # Else polls lead to whom the primary was merged onward into.
         is_seen = self.organisation.alive(ids[0]) and not self.checker.lies
-        if is_carried_out and is_seen and not self._is_hidden(ids) and self._objects_tell(ids, row):
+        if is_carried_out and is_seen and not self._is_hidden(ids) and self.objects_tell(ids, row):
             broken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
 
     def _is_hidden(self, ids: Ids) -> bool:
@@ -248,6 +248,9 @@ class ReasonChecker:
         """Whether reading a merged contact shows it as before, for good."""
         world = self.checker.fake_devrev
         form = world.gone_of.get(contact, world.gone)
+        references = {ref for _, ref in self.organisation.reference_times[contact]}
+        if form == "stays" and world.stays == "own-reference":
+            form = "stale" if references == {own_reference(contact)} else form
         return not self.organisation.alive(contact) and form in ("locked", "stale", "404-route")
 
     def _cannot_be_told(self, ids: Ids) -> bool:
