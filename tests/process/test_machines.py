@@ -48,7 +48,7 @@ def reports(place: Workplace, kind: str = "merge") -> List[Path]:
     return sorted((place.folder / "reports").glob(f"{kind}_report_*.json"))
 
 
-# ----- nothing is changed without being asked ------------------------------------------------------
+# ----- nothing is changed without being asked -----------------------------------------------------
 
 
 def test_without_a_terminal_nothing_is_merged_or_undone_unless_yes_is_given(
@@ -79,7 +79,7 @@ def test_without_a_terminal_nothing_is_merged_or_undone_unless_yes_is_given(
         )
 
 
-# ----- programs that read JSON ---------------------------------------------------------------------
+# ----- programs that read JSON --------------------------------------------------------------------
 
 
 def test_json_of_a_run_and_an_undo_is_their_report_and_nothing_else_is_on_stdout(
@@ -141,10 +141,10 @@ def test_with_json_the_question_is_on_the_terminal_and_the_report_in_the_file(
     assert json.loads(Path(out).read_bytes())["summary"]["successful_merges"] == 1
 
 
-# ----- options -------------------------------------------------------------------------------------
+# ----- options ------------------------------------------------------------------------------------
 
 
-# ----- disks ---------------------------------------------------------------------------------------
+# ----- disks --------------------------------------------------------------------------------------
 
 NO_FOLDER_FLUSH = """
 flush = os.fsync
@@ -244,7 +244,7 @@ def test_locks_work_here(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ----- .env ----------------------------------------------------------------------------------------
+# ----- .env ---------------------------------------------------------------------------------------
 
 
 @posix
@@ -351,7 +351,7 @@ def test_an_empty_limit_is_no_limit_that_was_set() -> None:
     assert settings_of(DEVREV_RATE_LIMIT_CALLS="7").calls == 7
 
 
-# ----- packages ------------------------------------------------------------------------------------
+# ----- packages -----------------------------------------------------------------------------------
 
 PACKAGES = {
     "requests is broken": ("requests.py", "raise RuntimeError('half installed')\n", "requests can't be imported: RuntimeError: half"),
@@ -424,7 +424,7 @@ def test_nothing_is_imported_from_the_scripts_folder(place: Workplace, as_module
     assert_merged(organisation, pairs)
 
 
-# ----- signals and terminals -----------------------------------------------------------------------
+# ----- signals and terminals ----------------------------------------------------------------------
 
 
 @posix
@@ -459,7 +459,7 @@ def test_nothing_is_rewritten_on_a_dumb_terminal(place: Workplace) -> None:
     assert "\x1b" not in terminal.text and "\r" not in terminal.text.replace("\r\n", "\n")
 
 
-# ----- cron, other folders, clocks -----------------------------------------------------------------
+# ----- cron, other folders, clocks ----------------------------------------------------------------
 
 
 def test_names_of_files_are_in_utc(place: Workplace) -> None:
@@ -528,7 +528,7 @@ def test_an_undo_from_another_folder_is_refused_before_any_request(
         assert len(sandbox.requests) == before
 
 
-# ----- what a new user reads -----------------------------------------------------------------------
+# ----- what a new user reads ----------------------------------------------------------------------
 
 
 def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> None:

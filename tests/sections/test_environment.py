@@ -27,7 +27,7 @@ from tests.support import SCRIPT, Workplace, assert_merged, organisation_of_pair
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
 
 
-# ----- where the token goes ------------------------------------------------------------------------
+# ----- where the token goes -----------------------------------------------------------------------
 
 TOKEN, URL = "DEVREV_API_TOKEN", "DEVREV_BASE_URL"
 OTHER, DEFAULT = "https://gateway.example.com", "https://api.devrev.ai/"
@@ -113,7 +113,7 @@ def test_an_env_file_that_others_may_read_is_named_with_the_chmod(
     assert place.run(None, "--preview", check=0).err.count(f"chmod 600 {path}") == int(warns)
 
 
-# ----- strangers, links and modes ------------------------------------------------------------------
+# ----- strangers, links and modes -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def test_calls_in_the_same_second_have_a_log_each(folder: Path) -> None:
     assert len({one.log_path for one in contexts}) == len(list(Path("logs").iterdir())) == 3
 
 
-# ----- files that are read -------------------------------------------------------------------------
+# ----- files that are read ------------------------------------------------------------------------
 
 
 @posix
@@ -332,7 +332,7 @@ def test_only_regular_files_are_opened_and_nothing_is_waited_for(folder: Path) -
             tool.open_regular(Path(name))
 
 
-# ----- bodies that are compressed ------------------------------------------------------------------
+# ----- bodies that are compressed -----------------------------------------------------------------
 
 BODY = json.dumps({"rev_users": []}).encode()
 
@@ -404,7 +404,7 @@ def test_the_body_of_a_redirect_is_never_read_as_a_whole(monkeypatch: pytest.Mon
     assert answer.status == 302 and not read_whole
 
 
-# ----- folder names that are not UTF-8 -------------------------------------------------------------
+# ----- folder names that are not UTF-8 ------------------------------------------------------------
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs names of any bytes")
@@ -444,7 +444,7 @@ def test_a_folder_whose_name_is_no_utf_8_is_a_folder_like_any_other(place: Workp
         run("--export", str(odd.folder / "new.csv"))
 
 
-# ----- a power cut ---------------------------------------------------------------------------------
+# ----- a power cut --------------------------------------------------------------------------------
 
 
 RECORDER = """

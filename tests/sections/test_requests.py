@@ -1,6 +1,7 @@
 """The client of DevRev's API against a server on loopback that answers what a test tells it to."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -11,9 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Coroutine, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Coroutine, Dict, List, Optional, Tuple
 
 import pytest
 
@@ -21,7 +21,7 @@ import merge_contacts as tool
 from tests.sandbox import Organisation, Sandbox
 from tests.simulation.scene import Scene
 from tests.simulation.world import Clock, Headers, Loop, run_to_the_end
-from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
+from tests.support import ROOT, Workplace, organisation_of_pairs
 
 Answer = Any  # status, JSON or raw bytes, perhaps headers
 Respond = Callable[[str, Dict[str, Any]], Answer]
@@ -59,10 +59,6 @@ class Scripted(tool.Environment):
         data, problem = tool.parse_body(status, raw, self.settings)
         return tool.HttpResponse(status, Headers(headers[0] if headers else {}), data, problem)
 
-    @property
-    def counts(self) -> Dict[str, int]:
-        return Counter(endpoint for endpoint, _ in self.requests)
-
     def run(self, work: Work) -> Any:
         """Do some work with a client of it."""
 
@@ -75,16 +71,6 @@ class Scripted(tool.Environment):
 def ask(respond: Respond, work: Work, retries: int = 1) -> Tuple[Any, Scripted]:
     scripted = Scripted(respond, retries)
     return scripted.run(work), scripted
-
-
-def call(url: str, work: Work, timeout: float = 20.0) -> Any:
-    """Do some work with a client of the server at `url`."""
-
-    async def main() -> Any:
-        settings = tool.ApiSettings("a-token", url, 0, timeout=timeout, retries=1)
-        return await work(tool.DevRevAPI(settings, tool.Environment(settings), tool.CancelToken()))
-
-    return asyncio.run(main())
 
 
 def answering(*answer: Any) -> Respond:
@@ -101,7 +87,7 @@ def user(identity: str = ONE, **fields: Any) -> Dict[str, Any]:
     }
 
 
-# -- a deadline for the complete answer --------------------------------------------------------------
+# -- a deadline for the complete answer ------------------------------------------------------------
 
 
 def raw_server(first: bytes, piece: bytes, pause: float) -> Tuple[str, socket.socket]:
@@ -109,22 +95,18 @@ def raw_server(first: bytes, piece: bytes, pause: float) -> Tuple[str, socket.so
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(connection: socket.socket) -> None:
-        try:
+        with contextlib.suppress(OSError):
             connection.recv(65536)
             connection.sendall(first)
             while piece:
                 connection.sendall(piece)
                 time.sleep(pause)
             time.sleep(600)
-        except OSError:
-            pass
 
     def accept() -> None:
-        try:
+        with contextlib.suppress(OSError):
             while True:
                 threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-        except OSError:
-            pass
 
     threading.Thread(target=accept, daemon=True).start()
     return f"http://127.0.0.1:{listener.getsockname()[1]}", listener
@@ -136,11 +118,6 @@ ENDLESS = {
     "dripping headers": (HEAD, b"X-Padding: x\r\n", 0.1),
     "one endless header": (HEAD + b"X: ", b"x", 0.1),
     "a dripping body": (HEAD + b"Content-Length: 1000000\r\n\r\n", b" ", 0.1),
-    "a body without an end": (
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
-        b"1000\r\n" + b" " * 4096 + b"\r\n",
-        0.001,
-    ),
 }
 
 
@@ -160,17 +137,6 @@ def test_an_answer_without_an_end_ends_at_the_deadline(
     assert time.monotonic() - begun < 60, "nothing but the deadline would have ended it"
 
 
-def test_a_body_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool.HttpTransport, "MAX_BODY", 1 << 20)
-    url, listener = raw_server(
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n", 0
-    )
-    settings = tool.ApiSettings("token", url, timeout=120)
-    with listener:
-        response = asyncio.run(tool.Environment(settings).post("works.list", {}))
-    assert response.status == 200 and "1 MiB" in response.problem
-
-
 def test_a_thread_that_hangs_delays_no_exit() -> None:
     url, listener = raw_server(*ENDLESS["dripping headers"])
     program = (
@@ -178,39 +144,20 @@ def test_a_thread_that_hangs_delays_no_exit() -> None:
         "settings = tool.ApiSettings('token', sys.argv[1], timeout=300)\n"
         "print(asyncio.run(tool.Environment(settings).post('x', {}, 0.3)).problem)\n"
     )
+    command = [sys.executable, "-c", program, url]
     with listener:
-        done = subprocess.run(
-            [sys.executable, "-c", program, url],
-            cwd=str(ROOT),
-            stdout=subprocess.PIPE,
-            timeout=60,
-            check=True,
-        )
-    assert b"within 0.3 s" in done.stdout
+        assert b"within 0.3 s" in subprocess.check_output(command, cwd=str(ROOT), timeout=60)
 
 
 def test_an_answer_that_breaks_off_after_its_status_still_acknowledges_a_merge() -> None:
     url, listener = raw_server(HEAD + b"Content-Length: 1000\r\n\r\n{", b"", 0.0)
+    settings = tool.ApiSettings("a-token", url, 0, timeout=0.2, retries=1)
+    environment = tool.Environment(settings)
     with listener:
-        call(url, merge, timeout=0.2)
+        asyncio.run(merge(tool.DevRevAPI(settings, environment, tool.CancelToken())))
 
 
-def test_a_request_with_a_deadline_is_sent_once() -> None:
-    url, listener = raw_server(*ENDLESS["silence"])
-
-    async def poll(api: "tool.DevRevAPI") -> int:
-        with pytest.raises(tool.NoUsableResponse):
-            await api.poll_duplicate(TWO, ADA, OPTIONS._replace(deadline=0.2))
-        with pytest.raises(tool.NoUsableResponse):
-            options = OPTIONS._replace(deadline=0.2)
-            await api.update_contact(ONE, {"external_ref": "user_1"}, options)
-        return sum(api.requests.values())
-
-    with listener:
-        assert call(url, poll) == 2
-
-
-# -- repeating ---------------------------------------------------------------------------------------
+# -- repeating -------------------------------------------------------------------------------------
 
 
 def get(api: "tool.DevRevAPI") -> Any:
@@ -229,16 +176,30 @@ def test_a_request_is_repeated_so_often_after_pauses_that_grow(retries: int) -> 
         assert longest / 2 <= gap - 0.001 <= longest + 0.001
 
 
-@pytest.mark.parametrize("sent, requests", [(True, 1), (False, 2)])
-def test_a_write_whose_answer_is_lost_is_sent_again_only_where_it_was_not_sent(
-    sent: bool, requests: int
-) -> None:
-    async def create(api: "tool.DevRevAPI") -> None:
-        with pytest.raises(tool.NoUsableResponse):
-            await api.create_contact({"email": "x"}, OPTIONS)
-        assert api.writes == (1 if sent else 0)
+def create(api: "tool.DevRevAPI") -> Any:
+    return api.create_contact({"email": "x"}, OPTIONS)
 
-    assert len(ask(answering(None, sent), create)[1].requests) == requests
+
+def poll_once(api: "tool.DevRevAPI") -> Any:
+    return api.poll_duplicate(TWO, ADA, OPTIONS._replace(deadline=0.2))
+
+
+def set_reference_once(api: "tool.DevRevAPI") -> Any:
+    options = OPTIONS._replace(deadline=0.2)
+    return api.update_contact(ONE, {"external_ref": "user_1"}, options)
+
+
+@pytest.mark.parametrize("work, writes", [(create, 1), (poll_once, 0), (set_reference_once, 1)])
+@pytest.mark.parametrize("sent", [True, False])
+def test_what_is_sent_once_is_sent_again_only_where_it_did_not_leave(
+    work: Work, writes: int, sent: bool
+) -> None:
+    async def lose(api: "tool.DevRevAPI") -> None:
+        with pytest.raises(tool.NoUsableResponse):
+            await work(api)
+        assert api.writes == (writes if sent else 0)
+
+    assert len(ask(answering(None, sent), lose)[1].requests) == (1 if sent else 2)
 
 
 def test_whether_devrev_is_down_shows_a_request_that_names_no_object() -> None:
@@ -251,13 +212,12 @@ def test_whether_devrev_is_down_shows_a_request_that_names_no_object() -> None:
                 await get(api)
         assert api.cancel_token.stop is None
 
-    _, scripted = ask(respond, work, retries=5)
-    names = [endpoint for endpoint, _ in scripted.requests]
+    names = [endpoint for endpoint, _ in ask(respond, work, retries=5)[1].requests]
     assert names[:5] == ["rev-users.get"] * 3 + ["dev-users.self", "rev-users.get"]
-    assert scripted.counts["rev-users.get"] == 4 * 6
+    assert names.count("rev-users.get") == 4 * 6
 
 
-# -- what acknowledges a merge -----------------------------------------------------------------------
+# -- what acknowledges a merge ---------------------------------------------------------------------
 
 
 async def merge(api: "tool.DevRevAPI") -> None:
@@ -265,34 +225,15 @@ async def merge(api: "tool.DevRevAPI") -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [
-        (200, {}),
-        (204, b""),
-        (200, b""),
-        (202, b"[]"),
-        (200, b"OK"),
-        (201, {"merge": 1}),
-        (200, b"{"),
-    ],
+    "answer", [(200, {}), (204, b""), (202, b"[]"), (201, {"rev_user": None}), (200, b"{")]
 )
-def test_any_2xx_acknowledges_a_merge(answer: Answer) -> None:
-    _, server = ask(answering(*answer), merge)
-    assert server.counts == {"rev-users.merge": 1}
-
-
-@pytest.mark.parametrize(
-    "answer", [(204, b""), (200, b""), (200, b"[]"), (200, {}), (200, {"rev_user": None})]
-)
-def test_other_endpoints_need_their_object(answer: Answer) -> None:
+def test_any_2xx_acknowledges_a_merge_and_other_endpoints_need_their_object(answer: Answer) -> None:
+    assert len(ask(answering(*answer), merge)[1].requests) == 1
     with pytest.raises(tool.NoUsableResponse):
-        ask(
-            answering(*answer),
-            lambda api: api.update_contact(ONE, {"external_ref": "user_1"}, OPTIONS),
-        )
+        ask(answering(*answer), set_reference_once)
 
 
-# -- lists -------------------------------------------------------------------------------------------
+# -- lists -----------------------------------------------------------------------------------------
 
 
 def timeline(api: "tool.DevRevAPI") -> Any:
@@ -361,7 +302,7 @@ def test_a_list_that_shifts_is_read_again_until_a_reading_adds_nothing(
     assert len(scripted.requests) == requests
 
 
-@pytest.mark.parametrize("status", [400, 404, 410, 422])
+@pytest.mark.parametrize("status", [400, 404])
 @pytest.mark.parametrize("times", [1, 4])
 def test_a_list_whose_cursor_expires_is_read_again(status: int, times: int) -> None:
     left = times
@@ -400,17 +341,15 @@ def test_a_list_that_never_ends_is_an_error(pages: Any, most: int) -> None:
 
 def test_a_cursor_that_repeats_is_an_error() -> None:
     keys = iter(range(1000))
-    with pytest.raises(tool.NoUsableResponse):
-        ask(
-            lambda _e, _b: (
-                200,
-                {"timeline_entries": [{"id": str(next(keys))}], "next_cursor": "same"},
-            ),
-            timeline,
-        )
+
+    def respond(_endpoint: str, _body: Dict[str, Any]) -> Answer:
+        return 200, {"timeline_entries": [{"id": str(next(keys))}], "next_cursor": "same"}
+
+    with pytest.raises(tool.NoUsableResponse, match="bring nothing new"):
+        ask(respond, timeline)
 
 
-SHAPES = [None, {}, "x", 7, ["x"], [{}], [{"id": None}], [{"id": 7}], [{"id": ""}], [None]]
+SHAPES = [None, {}, ["x"], [{}], [{"id": 7}], [{"id": ""}]]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
@@ -419,7 +358,7 @@ def test_a_list_of_another_shape_fails_its_request_alone(shape: Any) -> None:
         ask(answering(200, {"timeline_entries": shape}), timeline)
 
 
-# -- polls -------------------------------------------------------------------------------------------
+# -- polls -----------------------------------------------------------------------------------------
 
 EXISTS, CHANGED, NOT_FOUND, DELETED, IN_PRIMARY = tool.DuplicateStatus
 ADA = tool.Contact(ONE, "Ada", "Ada@Example.com", "REVU-1", "", 0, "", "")
@@ -477,14 +416,7 @@ def test_a_poll_shows_what_has_become_of_the_duplicate_or_nothing(
         assert type(raised.value) is expected
 
 
-def test_contact_is_none_where_there_is_none_or_another() -> None:
-    assert ask(answering(404, {"type": "not_found", "message": "?"}), get)[0] is None
-    assert ask(answering(301, {}, {"Location": MOVED}), get)[0] is None
-    assert ask(answering(200, {"rev_user": user(TWO)}), get)[0] is None
-    assert ask(answering(200, {"rev_user": user(state="deleted")}), get)[0]["state"] == "deleted"
-
-
-# -- refusals ----------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_a_dead_token_says_what_is_wrong_and_asks_for_a_new_one() -> None:
@@ -515,37 +447,24 @@ def test_the_scope_is_the_one_that_the_request_needs(endpoint: str, body: Any, s
     assert tool.scopes_needed(endpoint, body) == scopes
 
 
-@pytest.mark.parametrize("ids", [["don:core:dvrv-us-1:devo/TEST:ticket/77"], "x", None, [None]])
-def test_a_403_names_the_objects_and_the_scope_and_does_not_end_the_run(ids: Any) -> None:
-    async def twice(api: "tool.DevRevAPI") -> str:
-        for _ in range(2):
-            with pytest.raises(tool.ApiError) as raised:
-                await api.timeline("don:core:dvrv-us-1:devo/TEST:ticket/77")
-        assert api.cancel_token.stop is None
-        return str(raised.value)
-
-    text, _ = ask(answering(403, {"type": "forbidden", "message": "No.", "object_ids": ids}), twice)
-    assert "ticket:read" in text and ("(77)" in text) is (
-        isinstance(ids, list) and ids[0] is not None
-    )
+@pytest.mark.parametrize("ids, named", [([f"{CORE}:ticket/77"], True), ("x", False), ([7], False)])
+def test_a_403_names_the_objects_and_the_scope(ids: Any, named: bool) -> None:
+    content = {"type": "forbidden", "message": "No.", "object_ids": ids}
+    with pytest.raises(tool.ApiError, match="ticket:read") as raised:
+        ask(answering(403, content), lambda api: api.timeline(f"{CORE}:ticket/77"))
+    assert ("(77)" in str(raised.value)) is named
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["half an emoji: \ud83d", ["\ud83d"], {"a": "\ud83d"}, 10**400, "x" * 10_000, "a\nb\x1b[31m"],
-    ids=repr,
-)
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 500])
+@pytest.mark.parametrize("text", ["\ud83d", ["\ud83d"], {"a": 1}, 10**400, "x" * 10_000], ids=repr)
+@pytest.mark.parametrize("status", [400, 401, 403, 500])
 def test_every_message_of_an_error_can_be_stored(status: int, text: Any) -> None:
-    content = json.dumps(
-        {"type": text, "message": text, "detail": text, "object_ids": [text]}
-    ).encode()
+    content = {"type": text, "message": text, "detail": text, "object_ids": [text]}
     with pytest.raises((tool.PairError, tool.FatalError)) as raised:
         ask(answering(status, content), lambda api: api.holders_of("user_1", OPTIONS))
     assert len(tool.to_json(str(raised.value))) < 24_000
 
 
-# -- one call for many contacts ----------------------------------------------------------------------
+# -- one call for many contacts --------------------------------------------------------------------
 
 
 def people(count: int) -> Dict[str, Dict[str, Any]]:
@@ -601,7 +520,7 @@ def test_a_429_that_never_ends_for_one_endpoint_ends_with_true_words() -> None:
     async def poll(api: "tool.DevRevAPI") -> Any:
         api.MOST_OVER_QUOTA = 3
         with pytest.raises(tool.ApiError, match="429: over quota, however long one waits"):
-            await asyncio.gather(api.timeline("x"), *(api.contact(ONE) for _ in range(10)))
+            await asyncio.gather(timeline(api), *(get(api) for _ in range(10)))
         assert api.cancel_token.stop is None
 
     def respond(endpoint: str, _body: Dict[str, Any]) -> Answer:
@@ -609,29 +528,8 @@ def test_a_429_that_never_ends_for_one_endpoint_ends_with_true_words() -> None:
             return 429, {"type": "too_many_requests", "message": "No.", "retry_after": 0}
         return 200, {"rev_user": user()}
 
-    assert ask(respond, poll)[1].counts["timeline-entries.list"] == 4
-
-
-FIELDS = {
-    "display_name": "half \ud83d",
-    "external_ref": "\udc00",
-    "phone_numbers": ["+49", "\ud83d"],
-    "rev_org": {"id": "x", "display_name": "\ud83d"},
-    "custom_fields": {"tnt__a": {"b": ["\ud83d"]}},
-}
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_half_an_emoji_is_read_stored_and_compared_as_it_is(name: str) -> None:
-    everybody = people(4)
-    bad = "person2@example.com"
-    everybody[bad][name] = FIELDS[name]
-    found, _ = ask(
-        lambda _e, body: (200, {"rev_users": [everybody[email] for email in body["email"]]}),
-        lambda api: load_each(api, everybody),
-    )
-    assert found[bad].items == [everybody[bad]]
-    assert json.loads(tool.to_json(everybody[bad])) == everybody[bad]
+    requests = ask(respond, poll)[1].requests
+    assert [endpoint for endpoint, _ in requests].count("timeline-entries.list") == 4
 
 
 @pytest.mark.parametrize("status", [400, 403])
@@ -644,8 +542,11 @@ def test_a_refused_filter_tells_nothing_and_is_not_tried_again(status: int) -> N
     assert found == [None, None] and len(server.requests) == 2
 
 
-def test_unverified_contacts_are_those_that_the_filter_lists() -> None:
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_unverified_contacts_are_those_that_the_filter_lists(is_ignored: bool) -> None:
     everybody = people(6)
+    if is_ignored:
+        everybody["person0@example.com"]["is_verified"] = True
 
     def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
         assert body["is_verified"] is False
@@ -654,28 +555,19 @@ def test_unverified_contacts_are_those_that_the_filter_lists() -> None:
         return 200, {"rev_users": [everybody[one] for one in body["email"] if one < "person3"]}
 
     found, _ = ask(respond, lambda api: api.unverified_ids(everybody))
-    assert found == {everybody[f"person{number}@example.com"]["id"] for number in range(3)}
+    expected = {everybody[f"person{number}@example.com"]["id"] for number in range(3)}
+    assert found == (None if is_ignored else expected)
 
 
-def test_a_filter_that_is_ignored_tells_nothing() -> None:
-    everybody = people(2)
-    shown = [dict(one, is_verified=True) for one in everybody.values()]
-    assert (
-        ask(answering(200, {"rev_users": shown}), lambda api: api.unverified_ids(everybody))[0]
-        is None
-    )
-
-
-def works_of(kinds: Any, most: int = 100, status: int = 400, **error: Any) -> Respond:
-    """Lists of works of these kinds, for so many contacts; a refusal holds `error`."""
+def works_of(kinds: Any, most: int = 100, status: int = 400) -> Respond:
+    """Lists of works of these kinds, for so many contacts."""
 
     def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
-        names = [name for name in body if name in tool.ROLES.values()]
-        ids = body[names[0]] if names else []
+        (name,) = (name for name in body if name in tool.ROLES.values())
+        ids = body[name]
         if not set(body["type"]) <= set(kinds) or len(ids) > most:
-            return status, {"type": "bad_request", "message": "No.", **error}
-        works = [{"id": f"{one}:work", names[0]: [{"id": one}]} for one in ids]
-        return 200, {"works": works}
+            return status, {"type": "bad_request", "message": "No."}
+        return 200, {"works": [{"id": f"{one}:work", name: [{"id": one}]} for one in ids]}
 
     return respond
 
@@ -685,16 +577,11 @@ BASE = EVERY_KIND[:2]
 
 
 @pytest.mark.parametrize(
-    "kinds, error, extra",
-    [
-        (EVERY_KIND, {}, 0),
-        (BASE, {}, 5),
-        ((*BASE, "task", "opportunity"), {}, 5),
-    ],
+    "kinds, extra", [(EVERY_KIND, 0), (BASE, 5), ((*BASE, "task", "opportunity"), 5)]
 )
 @pytest.mark.parametrize("status", [400, 403])
 def test_works_of_every_kind_are_listed_but_those_that_are_refused(
-    kinds: Any, error: Any, extra: int, status: int
+    kinds: Any, extra: int, status: int
 ) -> None:
     async def load(api: "tool.DevRevAPI") -> Any:
         await asyncio.gather(*(api.objects[role].load(ONE) for role in tool.ROLES.values()))
@@ -703,7 +590,7 @@ def test_works_of_every_kind_are_listed_but_those_that_are_refused(
         assert all((kind in named) is (kind not in kinds) for kind in EVERY_KIND[2:])
         return tuple(api.work_kinds)
 
-    found, server = ask(works_of(kinds, status=status, **error), load)
+    found, server = ask(works_of(kinds, status=status), load)
     assert found == kinds and len(server.requests) == 4 + extra
 
 
@@ -728,7 +615,7 @@ def test_a_list_of_too_many_contacts_does_not_hide_the_other_kinds() -> None:
     assert ask(works_of(EVERY_KIND, 2), load)[0] == EVERY_KIND
 
 
-# -- this machine's settings -------------------------------------------------------------------------
+# -- this machine's settings -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -738,25 +625,14 @@ def organisation(place: Workplace) -> Organisation:
     return found
 
 
+PROXIES = ("NO_PROXY", "HTTPS_PROXY", "ALL_PROXY", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+
+
 def run_with(place: Workplace, url: str, **environment: str) -> Any:
-    names = (
-        "NO_PROXY",
-        "no_proxy",
-        "HTTPS_PROXY",
-        "https_proxy",
-        "ALL_PROXY",
-        "all_proxy",
-        "CURL_CA_BUNDLE",
-        "REQUESTS_CA_BUNDLE",
-    )
-    cleared = {
-        name: "" for name in names if name in os.environ
-    }  # an empty https_proxy hides HTTPS_PROXY
-    settings = {
-        "DEVREV_API_TOKEN": "sandbox-token",
-        "DEVREV_BASE_URL": url,
-        "DEVREV_MAX_RETRIES": "1",
-    }
+    names = [name for name in os.environ if name.upper() in PROXIES]
+    cleared = dict.fromkeys(names, "")  # an empty https_proxy hides HTTPS_PROXY
+    settings = {"DEVREV_API_TOKEN": "sandbox-token", "DEVREV_BASE_URL": url}
+    settings["DEVREV_MAX_RETRIES"] = "1"
     result = place.run(None, "--yes", **{**cleared, **settings, **environment})
     assert "bug" not in result.err and not (place.folder / "savepoint.db-journal").exists()
     return result
@@ -765,8 +641,6 @@ def run_with(place: Workplace, url: str, **environment: str) -> Any:
 UNUSABLE = [
     ({"REQUESTS_CA_BUNDLE": "nowhere.pem"}, "invalid path: nowhere.pem"),
     ({"REQUESTS_CA_BUNDLE": "contacts.csv"}, "no certificate or crl found"),
-    ({"CURL_CA_BUNDLE": "nowhere.pem"}, "invalid path: nowhere.pem"),
-    ({"HTTPS_PROXY": "ftp://127.0.0.1:9"}, "Proxy URL had unsupported scheme ftp"),
     ({"all_proxy": "ftp://name:secret@127.0.0.1:9"}, "Proxy URL had unsupported scheme ftp"),
     ({"HTTPS_PROXY": "http://name:sec/ret@127.0.0.1:9"}, "Failed to parse"),
 ]
@@ -776,14 +650,11 @@ UNUSABLE = [
 def test_a_setting_of_this_machine_that_can_not_be_used_gets_the_librarys_reason(
     place: Workplace, organisation: Organisation, environment: Dict[str, str], reason: str
 ) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    with listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         result = run_with(place, f"https://127.0.0.1:{listener.getsockname()[1]}", **environment)
     assert result.code == 3 and reason in result.err, result
     assert "HTTPS_PROXY" in result.err and "REQUESTS_CA_BUNDLE" in result.err
-    assert reason in place.logs()
-    for secret in ("secret", "sec/", "name:sec"):
-        assert secret not in result.err + place.logs()
+    assert not re.search("secret|sec/", result.err + place.logs())
 
 
 @pytest.mark.parametrize("status", ["407 Proxy Authentication Required", "403 Forbidden"])
@@ -796,43 +667,28 @@ def test_a_proxy_that_refuses_is_named(
     assert result.code == 3 and "HTTPS_PROXY" in result.err and status[:3] in result.err, result
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> Iterator[Path]:
-    """A certificate that nobody else knows, and its key, in one file."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl")
-    path = tmp_path / "own.pem"
-    subprocess.run(
-        [
-            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-            "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(tmp_path / "key.pem"), "-out", str(path),
-        ],
-        check=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    yield path
-
-
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 def test_a_company_that_inspects_tls_is_told_of_its_bundle(
-    place: Workplace, organisation: Organisation, certificate: Path
+    place: Workplace, organisation: Organisation
 ) -> None:
+    own, key = str(place.folder / "own.pem"), str(place.folder / "key.pem")
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1"
+    made = ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*made, "-keyout", key, "-out", own], check=True, stderr=subprocess.DEVNULL)
     with Sandbox(organisation) as sandbox:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(str(certificate), str(certificate.with_name("key.pem")))
+        context.load_cert_chain(own, key)
         sandbox._server.socket = context.wrap_socket(sandbox._server.socket, server_side=True)
         url = sandbox.url.replace("http:", "https:")
         result = run_with(place, url)
-        reason = "certificate verify failed: self"  # OpenSSL's own words
         assert result.code == 3 and "REQUESTS_CA_BUNDLE" in result.err, result
-        assert reason in result.err and reason in place.logs()
+        assert "certificate verify failed: self" in result.err, "OpenSSL's own words"
         assert sandbox.requests == []
-        assert run_with(place, url, REQUESTS_CA_BUNDLE=str(certificate)).code == 0
-    assert_merged(
-        organisation,
-        [(organisation.don("identity", "revu", "P1"), organisation.don("identity", "revu", "D1"))],
-    )
+        assert run_with(place, url, REQUESTS_CA_BUNDLE=own).code == 0
+    assert len(organisation.merges) == 1
 
 
-# -- runs --------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.85, 0.9])
@@ -846,8 +702,7 @@ def test_where_another_program_takes_most_of_each_window_pairs_are_merged_all_th
     assert "only a twentieth is left to them" in caplog.text
 
 
-@pytest.mark.parametrize("by", ["email", "id"])
-@pytest.mark.parametrize("status", [403, 406])
+@pytest.mark.parametrize("status, by", [(403, "email"), (406, "id")])
 def test_a_pair_that_a_firewall_refuses_fails_alone_and_says_what_refused_it(
     scene: Scene, status: int, by: str
 ) -> None:
@@ -895,12 +750,12 @@ def test_kinds_of_works_that_are_refused_are_left_out_and_named(
     assert "task" in run.report["run"]["warnings"][0]
 
 
-@pytest.mark.parametrize("field", ["display_name", "description"])
-def test_half_an_emoji_is_in_the_backup_and_restored_as_it_is(scene: Scene, field: str) -> None:
+def test_half_an_emoji_is_in_the_backup_and_restored_as_it_is(scene: Scene) -> None:
     organisation = scene.organisation
+    half = {"display_name": "x\ud83d", "description": "\udc00"}
     pairs = scene.pairs(2)
-    organisation.change(organisation.contacts[pairs[1][1]], **{field: "x\ud83d"})
+    organisation.change(organisation.contacts[pairs[1][1]], **half)
     assert scene.merge().code == 0 and scene.merged(*pairs)
     assert scene.undo().code == 0
     created = organisation.contacts[scene.holder("user_2")]
-    assert created["id"] != pairs[1][1] and created[field] == "x\ud83d"
+    assert created["id"] != pairs[1][1] and {name: created[name] for name in half} == half
