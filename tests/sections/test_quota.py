@@ -1,4 +1,4 @@
-"""The request scheduler against servers that count their quota in different ways, in simulated time."""
+"""The request scheduler against servers that count a quota in different ways, in simulated time."""
 
 import asyncio
 import math
@@ -17,10 +17,10 @@ HEADERS = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
 
 
 class Server:
-    """Grants `limit` requests in each window. A rolling one counts each request for the length of a window.
+    """Grants `limit` requests in each window; a rolling one counts each for the length of a window.
 
-    `whole`: times in its headers are whole seconds, rounded up. `skew`: how far its clock is off. `others`: what other
-    clients spend at the start of each window.
+    `whole`: times in its headers are whole seconds, rounded up. `skew`: how far its clock is off.
+    `others`: what other clients spend at the start of each window.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Server:
     ) -> None:
         self.clock, self.limit, self.window = clock, limit, window
         self.rolling, self.whole, self.skew, self.others = rolling, whole, skew, others
-        self.spent: Deque[float] = deque([0.0] * others if rolling else ())
+        self.spent: Deque[float] = deque()
         self.start = -math.inf
         self.least_remaining = limit
         self.refused = 0
@@ -45,11 +45,8 @@ class Server:
         while self.rolling and self.spent and self.spent[0] + self.window <= now:
             self.spent.popleft()
         if not self.rolling and now >= self.start + self.window:
-            self.start = (
-                now
-                if self.start < 0
-                else self.start + self.window * ((now - self.start) // self.window)
-            )
+            ended = 0 if self.start < 0 else (now - self.start) // self.window
+            self.start = self.start + self.window * ended if ended else now
             self.spent = deque([now] * self.others)
         granted = len(self.spent) < self.limit
         if granted:
@@ -136,6 +133,8 @@ def test_a_window_is_never_overdrawn_and_used_a_fixed_one_fully_a_rolling_one_by
     each = 4 * latency + 0.1 + (1.0 if whole else 0.0)  # seconds that a window may be longer
     share = 2.0 if rolling else 1.1 if limit > 10 else 1.25
     assert seconds <= share * floor + count / limit * each + 8 * latency
+    seen = world.scheduler.quota_seen()
+    assert seen and seen["limit"] == limit and window <= seen["window_seconds"] <= window + 1.1
 
 
 @pytest.mark.parametrize("skew", [-3600.0, -30.0, 30.0, 7200.0])
@@ -147,42 +146,12 @@ def test_a_clock_that_is_off_costs_seconds_at_most(rolling: bool, skew: float) -
     assert server.refused <= 8
 
 
-def test_the_quota_that_was_seen_is_told() -> None:
-    for rolling in (False, True):
-        for whole in (False, True):
-            world = World(workers=2)
-            server = Server(world.clock, 40, 4.0, rolling, whole)
-            world.send(server, 100, 0.2)
-            seen = world.scheduler.quota_seen()
-            assert seen and seen["limit"] == 40 and 4 <= seen["window_seconds"] <= 5.1
+TEXTS = ["-1", "", "none", "1" + "0" * 400, "1e400", "nan", "\u0663", "0x10", "12.5.1"]
+# Some gateways send seconds from now, by which nothing is known of a window.
+ODD = [("X-Ratelimit-Reset", "60"), *((name, text) for name in HEADERS for text in TEXTS)]
 
 
-@pytest.mark.parametrize("rolling", [False, True])
-def test_what_others_spend_is_not_spent_again(rolling: bool) -> None:
-    world = World()
-    server = Server(world.clock, 40, 4.0, rolling, False, others=30)
-    if rolling:
-        server.spent = deque([0.0] * 30)
-    world.send(server, 100)
-    assert server.refused <= 1
-
-
-ODD = [
-    "-1",
-    "",
-    "none",
-    "1" + "0" * 400,
-    "1e400",
-    "nan",
-    "\u0663",
-    "0x10",
-    "12.5.1",
-    "-" + "9" * 400,
-]
-
-
-@pytest.mark.parametrize("text", ODD)
-@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("name, text", ODD)
 def test_odd_headers_are_ignored(name: str, text: str) -> None:
     world = World()
     headers = {**dict(zip(HEADERS, ("1000", "999", str(EPOCH + 60)))), name: text}
@@ -190,27 +159,13 @@ def test_odd_headers_are_ignored(name: str, text: str) -> None:
     assert world.scheduler.quota_seen() is None and world.scheduler.quota.room(0) == math.inf
 
 
-def test_a_reset_that_is_no_time_of_day_does_not_make_requests_go_one_by_one() -> None:
-    """Some gateways send seconds from now. Nothing is known of the window then, and a 429 says when to wait."""
-    world = World()
-    headers = dict(zip(HEADERS, ("1000", "999", "60")))
-    assert world.send(Told(world.clock, (200, headers, {}), for_ever=True), 80, 0.1) < 1.5
-
-
-@pytest.mark.parametrize(
-    "calls, period, expected", [(None, 60.0, (200, 60.0)), (10, 2.0, (10, 2.0)), (0, 60.0, None)]
-)
+@pytest.mark.parametrize("calls, period, limit", [(None, 60.0, 200), (10, 2.0, 10), (0, 60.0, 450)])
 def test_the_client_side_limit_holds_where_no_quota_is_announced(
-    calls: Optional[int], period: float, expected: Optional[Tuple[int, float]]
+    calls: Optional[int], period: float, limit: int
 ) -> None:
     world = World(calls, period=period)
-    server = Told(world.clock)
-    seconds = world.send(server, 450)
-    if expected is None:
-        assert seconds < 3
-    else:
-        limit, period = expected
-        assert period * (math.ceil(450 / limit) - 1) <= seconds + 0.1
+    least = period * (math.ceil(450 / limit) - 1)
+    assert least - 0.1 <= world.send(Told(world.clock), 450) < least + 3
 
 
 def test_with_nothing_set_the_announced_quota_is_followed_and_a_fifth_left_to_others() -> None:
@@ -221,30 +176,22 @@ def test_with_nothing_set_the_announced_quota_is_followed_and_a_fifth_left_to_ot
     server = Server(world.clock, 50, 5.0, False, False)
     world.send(server, 200)
     assert server.refused == 0 and server.least_remaining == 11
+    assert world.scheduler.others == world.scheduler.OTHERS, "its own requests are no other's"
 
 
-@pytest.mark.parametrize("used", [85, 96])
-def test_where_others_leave_less_than_their_share_a_twentieth_is_left_to_them(used: int) -> None:
+@pytest.mark.parametrize("used, count, left", [(85, 30, 6), (96, 3, 4)])
+def test_where_others_leave_less_than_their_share_a_twentieth_is_left_to_them(
+    used: int, count: int, left: int
+) -> None:
     world = World(None)
-    server = Server(world.clock, 100, 10.0, False, False, others=used)
-    seconds = world.send(server, 30 if used == 85 else 3)
-    assert server.refused == 0
-    if used == 85:
-        assert seconds < 55 and server.least_remaining == 6
-    else:
-        assert server.least_remaining == 4, "even a twentieth is more than what is there"
+    server = Server(world.clock, 100, 10.0, others=used)
+    seconds = world.send(server, count)
+    assert server.refused == 0 and server.least_remaining == left
+    assert seconds < 55 or used == 96, "even a twentieth is more than what is there"
     world.scheduler.waiting_for = world.scheduler.QUOTA
     world.scheduler.wait_ends = world.clock.steady + 7
-    assert re.match(
-        "waiting 7 s .*other programs use; a twentieth is left", tool.describe_wait(world.scheduler)
-    )
-
-
-def test_what_a_run_has_spent_itself_is_not_taken_for_others() -> None:
-    world = World(None)
-    server = Server(world.clock, 100, 10.0, False, False)
-    world.send(server, 400)
-    assert server.least_remaining == 21 and world.scheduler.others == world.scheduler.OTHERS
+    words = "waiting 7 s .*other programs use; a twentieth is left"
+    assert re.match(words, tool.describe_wait(world.scheduler))
 
 
 def test_an_interrupted_wait_counts_and_failures_are_no_wait_for_quota() -> None:
@@ -266,43 +213,43 @@ def test_an_interrupted_wait_counts_and_failures_are_no_wait_for_quota() -> None
 
 
 ONE, TWO = ("primary", "one"), ("primary", "two")
+MERGES = [tool.RequestOptions(tool.MERGE, 5, one) for one in (ONE, TWO)]
+FINISHES = tool.RequestOptions(tool.FINISH, 5, ONE)
 
 
 def test_only_what_finishes_a_merge_goes_into_the_share_of_others() -> None:
     world = World(None, workers=1)
-    server = Server(world.clock, 50, 100.0, False, True)
+    server = Server(world.clock, 50, 100.0, whole=True)
 
-    async def main() -> Dict[str, float]:
+    async def main() -> Tuple[float, float]:
         await asyncio.gather(*(world.request(server) for _ in range(39)))
-        await world.request(server, tool.RequestOptions(tool.MERGE, 5, ONE))
+        await world.request(server, MERGES[0])
         held = asyncio.ensure_future(world.request(server))
         begun = world.clock.now
         for _ in range(3):
-            await world.request(server, tool.RequestOptions(tool.FINISH, 5, ONE))
+            await world.request(server, FINISHES)
         world.scheduler.end_merge(ONE)
         await world.request(server, tool.RequestOptions(tool.FINISH))
-        finished = world.clock.now - begun
+        finished = world.clock.now
         await held
-        return {"finished": finished, "held": world.clock.now - begun}
+        return finished - begun, world.clock.now - begun
 
-    seconds = world.run(main())
-    assert seconds["finished"] < 1 and seconds["held"] > 90
+    seconds, until_released = world.run(main())
+    assert seconds < 1 and until_released > 90
 
 
 def test_what_a_merge_in_flight_needs_is_spent_by_no_other_request() -> None:
     world = World(0, workers=1)
-    server = Server(world.clock, 20, 50.0, False, False)
+    server = Server(world.clock, 20, 50.0)
 
     async def main() -> float:
         await asyncio.gather(*(world.request(server) for _ in range(15)))
-        await world.request(server, tool.RequestOptions(tool.MERGE, 5, ONE))
-        others = [asyncio.ensure_future(world.request(server)) for _ in range(5)]
-        others.append(
-            asyncio.ensure_future(world.request(server, tool.RequestOptions(tool.FINISH)))
-        )
+        await world.request(server, MERGES[0])
+        kinds = [tool.ANY_OPTIONS] * 5 + [tool.RequestOptions(tool.FINISH)]
+        others = [asyncio.ensure_future(world.request(server, one)) for one in kinds]
         begun = world.clock.now
         for _ in range(4):
-            await world.request(server, tool.RequestOptions(tool.FINISH, 5, ONE))
+            await world.request(server, FINISHES)
         finished = world.clock.now - begun
         world.scheduler.end_merge(ONE)
         await asyncio.gather(*others)
@@ -313,13 +260,13 @@ def test_what_a_merge_in_flight_needs_is_spent_by_no_other_request() -> None:
 
 def test_a_merge_is_sent_only_where_the_window_covers_it_and_those_in_flight() -> None:
     world = World(0, workers=4)
-    server = Server(world.clock, 40, 50.0, False, False)
+    server = Server(world.clock, 40, 50.0)
 
     async def main() -> List[float]:
         await asyncio.gather(*(world.request(server) for _ in range(31)))
         sent = []
-        for merge in (ONE, TWO):
-            await world.request(server, tool.RequestOptions(tool.MERGE, 5, merge))
+        for merge in MERGES:
+            await world.request(server, merge)
             sent.append(world.clock.now)
         return sent
 
@@ -346,6 +293,7 @@ def test_the_more_urgent_request_goes_first() -> None:
     "headers, data, least, most",
     [
         ({"Retry-After": "7"}, None, 7, 7.5),
+        ({"Retry-After": "86400"}, None, 3600, 3601),
         ({}, {"retry_after": 7}, 7, 7.5),
         ({"Retry-After": "soon"}, {"retry_after": 7}, 7, 7.5),
         ({"Retry-After": "7"}, {"retry_after": 70}, 7, 7.5),
@@ -362,13 +310,6 @@ def test_a_429_says_how_long_to_wait(
     server = Told(world.clock, (429, headers, data))
     world.send(server, 3)
     assert least <= server.arrived[1] - server.arrived[0] <= most
-
-
-def test_a_429_that_asks_for_a_day_is_tried_again_after_an_hour() -> None:
-    world = World(0)
-    server = Told(world.clock, (429, {"Retry-After": "86400"}, None))
-    world.send(server, 2)
-    assert 3600 <= server.arrived[1] - server.arrived[0] <= 3601
 
 
 def test_after_failures_in_a_row_one_probe_at_a_time_finds_out() -> None:
@@ -392,34 +333,27 @@ def test_a_server_that_is_down_for_good_ends_the_run(answer: Any, word: str, sec
     assert world.clock.now < seconds
 
 
-def opened(breaker: "tool.CircuitBreaker", status: Optional[int], count: int) -> List[float]:
-    """For how long each of so many answers, one after the other's pause, opens the breaker."""
-    now, pauses = breaker.open_until, []
-    for _ in range(count):
-        assert breaker.on_response(status, 0.0, now) == ""
-        pauses.append(max(0.0, breaker.open_until - now))
-        now = max(now, breaker.open_until)
-    return pauses
+# After so many answers, for how long each of them opens the breaker; the next ends the run.
+PAUSES = [
+    (0, None, [0.0, 0.0, 0.5]),
+    (5, 503, [0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]),
+    (5, 429, [min(30.0, 0.5 * 2**number) for number in range(20)]),
+]
 
 
-@pytest.mark.parametrize("retries", [0, 5])
-@pytest.mark.parametrize("status", [None, 500, 503])
-def test_the_third_failure_opens_the_breaker_for_ever_longer(
-    retries: int, status: Optional[int]
+@pytest.mark.parametrize("retries, status, pauses", PAUSES)
+def test_failures_open_the_breaker_for_ever_longer_and_a_good_answer_closes_it(
+    retries: int, status: Optional[int], pauses: List[float]
 ) -> None:
     breaker = tool.CircuitBreaker(retries)
-    pauses = opened(breaker, status, 3 + retries)
-    assert pauses == [0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0][: 3 + retries]
-    assert "keeps failing" in breaker.on_response(status, 0.0, 1000.0)
-
-
-def test_the_first_429_opens_the_breaker_and_a_good_answer_closes_it() -> None:
-    breaker = tool.CircuitBreaker(5)
-    pauses = opened(breaker, 429, 20)
-    assert pauses == pytest.approx([min(30.0, 0.5 * 2**number) for number in range(20)])
-    assert "429" in breaker.on_response(429, 0.0, 10_000.0)
+    now = 0.0
+    for pause in pauses:
+        assert breaker.on_response(status, 0.0, now) == ""
+        assert max(0.0, breaker.open_until - now) == pytest.approx(pause)
+        now = max(now, breaker.open_until)
+    assert breaker.on_response(status, 0.0, now) != ""
     breaker.on_response(200, 0.0, breaker.open_until)
-    assert not breaker.is_tripped and opened(breaker, 503, 2) == [0.0, 0.0]
+    assert not breaker.is_tripped
 
 
 def test_a_request_that_is_not_sent_gives_its_slot_back() -> None:
