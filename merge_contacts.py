@@ -18,7 +18,7 @@ Map of this file, roughly bottom-up:
   Text                                        sanitizing, file names, JSON
   Environment   Environment, CancelToken      clocks, disk, threads, network, for a simulation
   CSV           Contact, ContactReader        which rows are contacts
-  Detection     classify_group                which contact is primary, and by what rule
+  Detection     detect                        which contact is primary, and by what rule
                 check_live                    what DevRev has to say before a group is merged
                 State, Pair                   what is known of one merge
   Quota         RequestScheduler.on_response  quota, circuit breaker: where a 429 is handled
@@ -62,7 +62,6 @@ import bisect
 import collections
 import contextlib
 import csv
-import difflib
 import errno
 import functools
 import gc
@@ -1531,7 +1530,6 @@ class Pair:
     manifest_sha256: str = ""  # of the backup; "" where 3.0.0 made it
     requested_at: float = 0.0  # the last request
     first_requested_at: float = 0.0
-    withdrawn_at: float = 0.0  # `requested_at` of a request that is known not to have been sent
     # DevRev answered the last request with a refusal, and may have carried it out all the same.
     rejected: bool = False
     forbidden: bool = False  # DevRev answered a request for the merge with 403
@@ -1558,7 +1556,7 @@ class Pair:
     others: Json = field(default_factory=dict)
     # Known to this run only:
     is_requested_again: bool = False  # its merge is about to be requested once more
-    before_request: Json | None = None  # what `withdraw_request` restores
+    before_request: Pair | None = None  # what `withdraw_request` restores
 
     @property
     def email(self) -> str:
@@ -1615,9 +1613,7 @@ class Pair:
 
         A request that waits for quota may begin several times.
         """
-        before = self.before_request
-        if before is None:
-            before = {name: getattr(self, name) for name in REQUEST_FIELDS}
+        before = self.before_request or replace(self)
         self.move_to(State.REQUESTED)
         self.before_request = before
         self.rejected = False
@@ -1626,26 +1622,11 @@ class Pair:
 
     def withdraw_request(self) -> None:
         """Be as before `begin_request`: this process knows that the request was not sent."""
-        assert self.before_request is not None
-        withdrawn_at = self.requested_at
-        for name, value in self.before_request.items():
-            setattr(self, name, value)
-        self.before_request = None
-        self.withdrawn_at = withdrawn_at
+        before = self.before_request
+        for one in fields(self):
+            setattr(self, one.name, getattr(before, one.name))
 
 
-REQUEST_FIELDS = (
-    "state",
-    "code",
-    "error",
-    "rejected",
-    "backup",
-    "backed_up",
-    "manifest_sha256",
-    "requested_at",
-    "first_requested_at",
-    "fields_to_carry",
-)
 NOT_STORED = ("run", "revision", "is_requested_again", "before_request", "others")
 
 
@@ -1698,10 +1679,9 @@ class Group:
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as a merge is known to have moved one to
         it."""
-        for pair in self.pairs:
-            has_moved = pair.state in (State.VERIFYING, State.DONE) or pair.is_merged_already()
-            if pair.new_ref and has_moved:
-                return pair.new_ref
+        first = self.pairs[0]
+        if first.state in (State.VERIFYING, State.DONE) or first.is_merged_already():
+            return first.new_ref or self.primary.external_ref
         return self.primary.external_ref
 
     def has_ended(self) -> bool:
@@ -1714,26 +1694,23 @@ class Group:
     def lost_refs(self) -> list[Contact]:
         """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their
         contact."""
-        moving = [pair.new_ref for pair in self.pairs if pair.new_ref]
-        kept = moving[0] if moving else self.primary.external_ref
+        kept = self.pairs[0].new_ref or self.primary.external_ref
         users = [pair.duplicate for pair in self.pairs if pair.duplicate.is_user]
         return [contact for contact in users if contact.external_ref != kept]
 
-    def warnings(self) -> list[tuple[str, str]]:
-        """Codes and words of what a person should know before the group is merged."""
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        """Yield codes and words of what a person should know before the group is merged."""
         contacts = self.all_contacts()
-        found: list[tuple[str, str]] = []
         if self.chosen and len(contacts) > mailbox_limit(self.email):
             words = f"joins {len(contacts)} contacts of what looks like a shared mailbox"
-            found.append(("shared_mailbox", words))
+            yield "shared_mailbox", words
         names = different_names(self.email, contacts)
         if names:
             words = f"these contacts have different names: {', '.join(some(names, 6))}"
-            found.append(("names_differ", words))
+            yield "names_differ", words
         if self.age_undecided:
             words = "age could not decide which contact is the primary: the smallest id did"
-            found.append(("age_undecided", f"{words} ({self.primary.short_id})"))
-        return found
+            yield "age_undecided", f"{words} ({self.primary.short_id})"
 
 
 def different_names(email: str, contacts: Sequence[Contact]) -> list[str]:
@@ -1742,13 +1719,10 @@ def different_names(email: str, contacts: Sequence[Contact]) -> list[str]:
     Case does not count, nor does a name that is the address, its local part or the short id, nor a
     name all of whose words are in the other.
     """
-    shown = {contact.display_name for contact in contacts}
-    if len(shown) == 1 and "" not in shown:
-        return []
     names: dict[frozenset[str], str] = {}
     for contact in contacts:
-        useless = {"", email, email.rpartition("@")[0], contact.short_id}
-        useless = {one.casefold() for one in useless}
+        texts = ("", email, email.rpartition("@")[0], contact.short_id)
+        useless = set(map(str.casefold, texts))
         for name in (contact.display_name.strip(), contact.full_name.strip()):
             folded = name[:MAX_TEXT].casefold()
             if folded not in useless:
@@ -1783,9 +1757,6 @@ def mailbox_limit(email: str) -> int:
     return 2 if local in ROLE_ADDRESSES else 3
 
 
-CHOICE_CODES = ("several_user_refs", "no_user_ref", "shared_mailbox")  # that --choices decides
-
-
 class SkippedGroup(NamedTuple):
     """A group that is left alone. `contacts` are those that take part: `user_` first, and of each
     kind the likeliest first."""
@@ -1798,7 +1769,7 @@ class SkippedGroup(NamedTuple):
         """The lines of CSV of which --choices may take one, each with the contact whose reference
         it keeps."""
         lines: dict[str, Contact] = {}
-        if self.code in CHOICE_CODES and self.code != "shared_mailbox":
+        if self.code in ("several_user_refs", "no_user_ref"):
             users = [contact for contact in self.contacts if contact.is_user]
             for contact in users or self.contacts:
                 lines.setdefault(csv_line(self.email, contact.external_ref), contact)
@@ -1824,7 +1795,6 @@ class Plan(CsvContents):
     chosen: list[Group] = field(default_factory=list)  # by --choices, and still to be merged
     unverified: set[str] = field(default_factory=set)  # ids of contacts, as far as DevRev was asked
     id: str = ""  # of `plan_id`
-    left_alone: dict[str, str] = field(default_factory=dict)  # email -> why nothing is to merge
     revived: list[Pair] = field(default_factory=list)  # were cancelled, and are named with --email
     # By the live check, while others of their group were merged:
     left_out: list[Pair] = field(default_factory=list)
@@ -1863,13 +1833,6 @@ class Plan(CsvContents):
 
     def count(self) -> int:
         return sum(1 for _ in self.pairs())
-
-    def skip(self, group: Group, code: str) -> None:
-        """Leave a group of the CSV alone: none of its pairs is wanted."""
-        self.skipped.append(SkippedGroup(group.email, code, group.all_contacts()))
-        for pair in group.pairs:
-            self.ids.discard(pair.ids)
-            self.wanted.pop(pair.ids, None)
 
 
 def plan_id(groups: Iterable[Group], **options: Any) -> str:
@@ -1949,97 +1912,56 @@ def rank(contacts: Iterable[Contact]) -> tuple[list[Contact], bool]:
     tied = [one for one in ranked if one.tickets == ranked[0].tickets]
     if len(tied) < 2:
         return ranked, False
-    ages: dict[str, int] = {}
-    for one in tied:
-        instant = parse_instant(one.created)
-        if instant is None:
-            return ranked, True
-        ages[one.id] = instant
-    first = min(tied, key=lambda one: ages[one.id])
-    return [first, *(one for one in ranked if one is not first)], False
+    if any(parse_instant(one.created) is None for one in tied):
+        return ranked, True
+    tied.sort(key=lambda one: parse_instant(one.created) or 0)
+    return [*tied, *ranked[len(tied) :]], False
 
 
-NO_CHOICES: Mapping[str, str] = {}
-
-
-def detect(
-    contents: CsvContents, choices: Mapping[str, str] = NO_CHOICES, primary: str = "revu"
-) -> Plan:
+def detect(contents: CsvContents, choices: Mapping[str, str], primary: str) -> Plan:
     """Find the groups to merge and the groups to skip, ordered by email.
 
-    `choices` are as `read_choices` gives them, `primary` as `classify_group` takes it. Raises
-    FatalError(2) where a choice can't be followed, unless its group may not be complete and is
-    skipped anyway.
+    `choices` are as `read_choices` gives them. `primary` says which contact remains where there is
+    one of each kind, the system-made `revu` or the application's `user`. Raises FatalError(2) where
+    a choice can't be followed, unless its group may not be complete and is skipped anyway.
     """
-    spoiled = contents.emails_in_invalid_rows
-    by_email: dict[str, list[Contact]] = collections.defaultdict(list)
-    for email in choices:
-        if loose_key(email) not in spoiled:
-            by_email[email] = []
-    for contact in contents.contacts:
-        by_email[contact.key].append(contact)
     plan = Plan(**vars(contents))
-    problems: list[str] = []
+    spoiled = contents.emails_in_invalid_rows
+    by_email: dict[str, list[Contact]] = {email: [] for email in choices}
+    for contact in contents.contacts:
+        if contact.takes_part:
+            by_email.setdefault(contact.key, []).append(contact)
     for email, contacts in sorted(by_email.items()):
-        is_spoiled = bool(spoiled) and loose_key(email) in spoiled
-        try:
-            found = classify_group(
-                email,
-                contacts,
-                is_spoiled,
-                choices.get(email, ""),
-                primary,
-            )
-        except PairError as error:
-            problems.append(str(error))
-            continue
-        if isinstance(found, Group):
-            plan.groups.append(found)
-        elif found:
-            plan.skipped.append(found)
+        users, _ = rank(contact for contact in contacts if contact.is_user)
+        system, is_undecided = rank(contact for contact in contacts if contact.is_system)
+        found = users + system
+        choice = choices.get(email, "")
+        code = ""
+        if loose_key(email) in spoiled:
+            code = "invalid_row"
+        elif choice:
+            users = [resolve_choice(email, users or system, choice)]
         else:
-            count = plural(sum(1 for contact in contacts if contact.takes_part), "contact")
-            kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
-            plan.left_alone[email] = f"{count} with a {kinds} reference, none to merge"
-    if problems:
-        words = "; ".join(some(problems, 3))
-        raise FatalError(EXIT_USAGE, f"choices that can't be followed: {words}")
+            code = skip_code(email, users, system)
+        if code and found:
+            plan.skipped.append(SkippedGroup(email, code, found))
+        elif not code and len(found) > 1:
+            kept = users[0]
+            remaining = kept
+            if kept.is_user and system and primary == "revu":
+                remaining = system[0]
+            group = Group(email, pairs_of(remaining, kept, found), choice)
+            group.age_undecided = is_undecided and remaining is not kept
+            plan.groups.append(group)
     return plan
 
 
-def classify_group(
-    email: str,
-    contacts: Sequence[Contact],
-    is_spoiled: bool,
-    choice: str,
-    primary: str,
-) -> Group | SkippedGroup | None:
-    """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason,
-    or nothing.
-
-    A group that `is_spoiled` may not be complete. `primary` says which contact remains where there
-    is one of each kind, the system-made `revu` or the application's `user`. Raises PairError where
-    `choice`, a reference, is not that of one contact that may be kept.
-    """
-    users, _ = rank(contact for contact in contacts if contact.is_user)
-    system, is_undecided = rank(contact for contact in contacts if contact.is_system)
-    found = users + system
-    code = "invalid_row" if is_spoiled and found else ""
-    if choice and not is_spoiled:
-        users = [resolve_choice(email, users, system, choice)]
-    elif not code:
-        code = skip_code(email, users, system)
-    if code:
-        return SkippedGroup(email, code, found)
-    if len(found) < 2:
-        return None
-    kept = users[0]
-    remaining = system[0] if kept.is_user and system and primary == "revu" else kept
-    pairs = [] if kept is remaining else [Pair(remaining, kept, kept.external_ref)]
-    others = [contact for contact in found if contact not in (remaining, kept)]
-    pairs += [Pair(remaining, other, None) for other in others]
-    by_age = is_undecided and remaining is not kept
-    return Group(email, pairs, chosen=choice, age_undecided=by_age)
+def pairs_of(remaining: Contact, kept: Contact, contacts: Iterable[Contact]) -> list[Pair]:
+    """Return the merges of contacts into one that remains; of one of them the reference is kept."""
+    pairs = [Pair(remaining, one, None) for one in contacts if one not in (remaining, kept)]
+    if kept is not remaining:
+        pairs.insert(0, Pair(remaining, kept, kept.external_ref))
+    return pairs
 
 
 def skip_code(email: str, users: Sequence[Contact], system: Sequence[Contact]) -> str:
@@ -2051,56 +1973,41 @@ def skip_code(email: str, users: Sequence[Contact], system: Sequence[Contact]) -
     return "no_user_ref" if len(system) > 1 and not users else ""
 
 
-def resolve_choice(
-    email: str,
-    users: Sequence[Contact],
-    system: Sequence[Contact],
-    choice: str,
-) -> Contact:
-    candidates = users or system
+def resolve_choice(email: str, candidates: Sequence[Contact], choice: str) -> Contact:
+    """Return the contact that a choice names. A system-made one is no candidate beside a `user_`,
+    which is how the application knows the person."""
     found = [contact for contact in candidates if contact.external_ref == choice]
     if len(found) == 1:
         return found[0]
-    if found:
-        why = f"{len(found)} contacts have it"
-    elif any(contact.external_ref == choice for contact in system):
-        kind = f"{Contact.user_prefix} reference"
-        why = f"the application knows this person by a {kind}, which has to stay"
-    else:
-        why = "no contact of this email has it"
     there = ", ".join(some([contact.external_ref for contact in candidates], 10)) or "nothing"
-    raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
+    words = f"--choices: {choice} for {email} is not the reference of one contact to choose from"
+    raise FatalError(EXIT_USAGE, f"{words} ({there})")
 
 
 # -- what earlier runs and the options leave of a plan ---------------------------------------------
 
 
-def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> dict[str, str]:
+def blocked_by_history(
+    groups: Iterable[Group], cancelled: Iterable[Pair], undone: Collection[Pair]
+) -> dict[str, str]:
     """Return the emails of groups that repeat a merge which was undone or cancelled, with the code.
 
     A group repeats it that has its address, or two of its contacts in whatever role. A contact that
     an undo created stands for its old id, also where that one had been created so.
     """
-    # `undone` counts where both are true.
-    history = sorted(ended, key=lambda pair: pair.state is not State.CANCELLED)
-    old_ids: dict[str, str] = {}
-    for pair in history:
-        if pair.state is not State.CANCELLED and pair.undo and pair.undo.contact:
-            old_ids[pair.undo.contact] = pair.duplicate.id
+    old_ids = {pair.undo.contact: pair.duplicate.id for pair in undone if pair.undo}
 
     def original(identity: str) -> str:
-        seen = {identity}
-        while old_ids.get(identity, identity) not in seen:
+        while old_ids.get(identity, identity) != identity:
             identity = old_ids[identity]
-            seen.add(identity)
         return identity
 
-    codes: dict[Any, str] = {}  # by address, and by two ids
-    for pair in history:
+    codes: dict[Any, str] = {}  # by address, and by two ids; `undone` counts where both are true
+    for pair in (*cancelled, *undone):
         code = "cancelled" if pair.state is State.CANCELLED else "undone"
         codes[pair.email] = codes[frozenset(map(original, pair.ids))] = code
     blocked: dict[str, str] = {}
-    for group in groups if history else ():
+    for group in groups if codes else ():
         ids = sorted({original(contact.id) for contact in group.all_contacts()})
         keys = [group.email, *map(frozenset, combinations(ids, 2))]
         found = {codes[key] for key in keys if key in codes}
@@ -2114,40 +2021,33 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     what is not to be merged again.
 
     A group that repeats what was undone or cancelled is skipped until it is `named`; an export from
-    before an undo also then. A group that a choice has made one contact is skipped no longer.
+    before an undo also then.
     """
-    if plan.wanted:
-        savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
+    if plan.groups:
+        savepoint.organisation = plan.groups[0].primary.organisation
     known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
     cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
     undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
     plan.tried = {pair.ids: pair.updated for pair in savepoint.pairs(State.FAILED)}
-    forget_merged_skips(plan, known.values())
-    blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
-    merged_again = emails_merged_again(known.values(), undone.values())
+    blocked = blocked_by_history(plan.groups, cancelled.values(), undone.values())
+    created = {pair.undo.contact for pair in undone.values() if pair.undo}
+    ended = [pair for pair in known.values() if pair.state in ENDED]
+    again = {pair.email for pair in ended if created.intersection(pair.ids)}
     groups = plan.groups
     plan.groups = []
     for group in groups:
-        code = "" if group.email in named else blocked.get(group.email, "")
-        if all(pair.ids in known for pair in group.pairs):
+        code = blocked.get(group.email, "")
+        is_older = any(pair.ids in undone for pair in group.pairs)  # than an undo
+        is_named = group.email in named and not is_older
+        if is_named or all(pair.ids in known for pair in group.pairs):
             code = ""
-        if any(pair.ids in undone for pair in group.pairs):
-            # The undo has created the duplicate with another id: this CSV is older than the undo.
-            code = code or "undone"
-        if code == "undone" and group.email in merged_again:
+        if code == "undone" and group.email in again:
             code = "merged_again"
         if code:
-            plan.skip(group, code)
+            plan.skipped.append(SkippedGroup(group.email, code, group.all_contacts()))
             continue
         plan.groups.append(group)
         take_states(plan, group, known, cancelled)
-
-
-def emails_merged_again(known: Iterable[Pair], undone: Iterable[Pair]) -> set[str]:
-    """Return the emails of which a merge has ended with a contact that an undo had created."""
-    created = {pair.undo.contact for pair in undone if pair.undo}
-    ended = [pair for pair in known if pair.state in ENDED]
-    return {pair.email for pair in ended if created.intersection(pair.ids)}
 
 
 def take_states(
@@ -2156,70 +2056,37 @@ def take_states(
     known: Mapping[Ids, Pair],
     cancelled: Mapping[Ids, Pair],
 ) -> None:
-    """Give the pairs of a planned group the states that the savepoint knows."""
+    """Give the pairs of a planned group the states that the savepoint knows.
+
+    A cancelled one is named now. It was requested once, and DevRev may still carry that out: it is
+    polled first, like any other.
+    """
     for pair in group.pairs:
         if pair.ids in known:
             pair.move_to(known[pair.ids].state)
             if pair.state in ENDED:
                 plan.already_merged += 1
         elif pair.ids in cancelled:
-            revive(plan, pair, cancelled[pair.ids])
+            row = cancelled[pair.ids]
+            row.accepted = ""
+            row.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
+            row.move_to(State.REQUESTED)
+            pair.move_to(State.REQUESTED)
+            plan.revived.append(row)
 
 
-def revive(plan: Plan, pair: Pair, row: Pair) -> None:
-    """Take up a pair that was cancelled and is named now.
-
-    It was requested once, and DevRev may still carry that out: it is polled first, like any other.
-    """
-    row.accepted = ""
-    row.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
-    row.move_to(State.REQUESTED)
-    pair.move_to(State.REQUESTED)
-    plan.revived.append(row)
-
-
-def forget_merged_skips(plan: Plan, known: Iterable[Pair]) -> None:
-    """Skip no group that a choice has made one contact: --choices is not given in each run."""
-    duplicates = {pair.duplicate.id for pair in known if pair.state in ENDED}
-    skipped = plan.skipped
-    plan.skipped = []
-    for skip in skipped:
-        remaining = sum(1 for contact in skip.contacts if contact.id not in duplicates)
-        if skip.code in CHOICE_CODES and len(skip.contacts) > 1 and remaining == 1:
-            plan.left_alone[skip.email] = "it was merged by an earlier run"
-        else:
-            plan.skipped.append(skip)
-
-
-def keep_emails(plan: Plan, wanted: Collection[str]) -> list[str]:
-    """Keep what --email names; return why there is nothing to merge of a part of it, line by line.
-
-    Raises FatalError(2) for an email in no row.
-    """
-    known = [group.email for group in plan.groups] + [skip.email for skip in plan.skipped]
+def keep_emails(plan: Plan, wanted: Collection[str]) -> None:
+    """Keep what --email names. Raises FatalError(2) for an email in no row."""
+    known = {contact.key for contact in plan.contacts}
+    unknown = []
+    for email in sorted(set(wanted) - known):
+        if loose_key(email) not in plan.emails_in_invalid_rows:
+            unknown.append(email)
+    if unknown:
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(unknown))}")
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
     plan.look_alikes = [one for one in plan.look_alikes if set(one["emails"]).intersection(wanted)]
-    lines: list[str] = []
-    unknown: list[str] = []
-    for email in sorted(set(wanted).difference(known)):
-        why = plan.left_alone.get(email, "")
-        if loose_key(email) in plan.emails_in_invalid_rows:
-            why = "it stands in an invalid row"
-        if not why:
-            near = difflib.get_close_matches(email, known, 2, 0.8) if len(unknown) < 5 else []
-            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-            unknown.append(email + hint)
-            continue
-        lines.append(f"{email}: nothing to merge: {why}")
-    if unknown:
-        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(unknown))}")
-    for skip in plan.skipped:
-        lines.append(f"{skip.email}: skipped: {' '.join(skip_words(skip.code))}")
-    for group in plan.groups:
-        if group.has_ended():
-            lines.append(f"{group.email}: nothing to merge: it was merged by an earlier run")
-    return lines
 
 
 def keep_limit(plan: Plan, limit: int) -> list[str]:
@@ -2234,16 +2101,16 @@ def keep_limit(plan: Plan, limit: int) -> list[str]:
 
     room = limit
     kept: set[str] = set()
-    sizes: list[int] = []
+    passed_over = 0
     for group in sorted(plan.groups, key=last_try):
         size = sum(1 for pair in group.pairs if pair.state is State.PLANNED)
-        if size:  # 0 where an earlier run has requested all of them
-            sizes.append(size)
         if size <= room:
             kept.add(group.email)
             room -= size
+        else:
+            passed_over += 1
     plan.groups = [group for group in plan.groups if group.email in kept]
-    if min(sizes, default=0) > limit:
+    if passed_over and room == limit:
         return [f"--limit {limit}: no group has so few pairs, and a group is merged as one"]
     return []
 
@@ -2268,15 +2135,11 @@ def live_contact_error(contact: Contact, live: Json | None, external_ref: str) -
     """
     name = contact.short_id
     if live is None:
-        words = f"{name} is not in DevRev any more; leave its row out of the export"
-        return PairError("not_found", words)
-    state = live.get("state")
-    if state != "active" or live.get("primary_identity"):
-        what = state or "of unknown state"
-        if live.get("primary_identity"):
-            what = "merged into another contact"
-        hint = "; leave its row out of the export" if is_gone(live) else ""
-        return PairError("not_active", f"{name} is {what}, not active{hint}")
+        return PairError("not_found", f"{name} is not in DevRev any more")
+    if live.get("primary_identity"):
+        return PairError("not_active", f"{name} is merged into another contact")
+    if live.get("state") != "active":
+        return PairError("not_active", f"{name} is {live.get('state')}, not active")
     if email_of(live) != contact.key:
         words = f"{name} has another email now: {live.get('email') or 'none'}"
         return PairError("email_changed", words)
@@ -2304,22 +2167,6 @@ def rev_org_id(user: Json | None) -> str | None:
     rev_org = user.get("rev_org") if user else None
     identity = rev_org.get("id") if isinstance(rev_org, dict) else rev_org
     return str(identity) if identity else None
-
-
-class Dropped(NamedTuple):
-    """A pair that the live check takes out of its group, while the others continue."""
-
-    pair: Pair
-    code: str  # `already_gone`, `already_merged` or `different_rev_org`
-    reason: str
-
-
-class LiveCheck(NamedTuple):
-    """What DevRev says of a group now: the error that refuses it, if any, else the pairs that are
-    dropped from it."""
-
-    error: PairError | None = None
-    dropped: tuple[Dropped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -2364,41 +2211,33 @@ LIVE_CODES = (
 )  # fmt: skip
 
 
-def check_live(
-    live: LiveGroup, across_workspaces: bool = False, try_unverified: bool = False
-) -> LiveCheck:
-    """Compare a group with DevRev as it is now: for the live preview and for a run."""
-    group = live.group
-    reference = group.primary_ref()
-    dropped: list[Dropped] = []
-    remaining: list[Pair] = []
-    for pair in group.pending():
-        drop = reason_to_drop(live, pair, across_workspaces)
-        if drop is None:
-            remaining.append(pair)
-            if pair.first_requested_at and has_reference(live.primary, pair.new_ref):
-                # An earlier request moved it, though the duplicate is there after all.
-                reference = str(pair.new_ref)
-            continue
-        dropped.append(drop)
-        if drop.code == "already_merged" and pair.new_ref:
-            reference = pair.new_ref  # it counts as moved
-    found = [live_contact_error(group.primary, live.primary, reference)]
-    for pair in remaining:
-        duplicate = live.duplicate(pair)
-        found.append(unheld_error(live, pair))
-        found.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
-        if not try_unverified:
-            found.append(unverified_error(pair, live.unverified))
-        if not across_workspaces:
-            found.append(rev_org_error(live, pair))
-    if remaining:
+def check_live(live: LiveGroup, options: MergeOptions) -> list[tuple[Pair, PairSkipped]]:
+    """Compare a group with DevRev as it is now: for the live preview and for a run.
+
+    Return the pairs that leave it, while the others continue. Raises PairError where it is refused.
+    """
+    reference = live.group.primary_ref()
+    dropped: list[tuple[Pair, PairSkipped]] = []
+    found: list[PairError | None] = []
+    for pair in live.group.pending():
+        skip = reason_to_drop(live, pair, options)
+        if skip:
+            dropped.append((pair, skip))
+        else:
+            found += pair_errors(live, pair, options)
+        # A merge elsewhere has moved it, or an earlier request, though the duplicate is there.
+        if has_reference(live.primary, pair.new_ref) and (skip or pair.first_requested_at):
+            reference = str(pair.new_ref)
+    if found:
         found.append(live_group_error(live))
-    errors = sorted(filter(None, found), key=lambda error: LIVE_CODES.index(error.code))
-    return LiveCheck(errors[0]) if errors else LiveCheck(None, tuple(dropped))
+    found.insert(0, live_contact_error(live.group.primary, live.primary, reference))
+    errors = list(filter(None, found))
+    if errors:
+        raise min(errors, key=lambda error: LIVE_CODES.index(error.code))
+    return dropped
 
 
-def reason_to_drop(live: LiveGroup, pair: Pair, across_workspaces: bool) -> Dropped | None:
+def reason_to_drop(live: LiveGroup, pair: Pair, options: MergeOptions) -> PairSkipped | None:
     """Say why a pair may leave its group, if the others can be merged without it.
 
     What was requested once is polled instead.
@@ -2407,29 +2246,29 @@ def reason_to_drop(live: LiveGroup, pair: Pair, across_workspaces: bool) -> Drop
         return None
     name = pair.duplicate.short_id
     if is_gone(live.duplicate(pair)) and not pair.new_ref:
-        return Dropped(pair, "already_gone", f"{name} no longer exists in DevRev")
+        return PairSkipped("already_gone", f"{name} no longer exists in DevRev")
     if is_gone(live.duplicate(pair)) and has_reference(live.primary, pair.new_ref):
         why = f"by a run in another folder? The primary has {pair.new_ref}"
-        return Dropped(pair, "already_merged", f"{into(pair)} looks merged already, {why}")
-    if not pair.new_ref and live.orgs_differ(pair) and not across_workspaces:
+        return PairSkipped("already_merged", f"{into(pair)} looks merged already, {why}")
+    if not pair.new_ref and live.orgs_differ(pair) and not options.across_workspaces:
         why = f"another workspace (rev org) than {pair.primary.short_id}"
-        return Dropped(pair, "different_rev_org", f"{name} belongs to {why}")
+        return PairSkipped("different_rev_org", f"{name} belongs to {why}")
     return None
 
 
-def unheld_error(live: LiveGroup, pair: Pair) -> PairError | None:
-    if pair.new_ref not in live.unheld:
-        return None
-    name = pair.duplicate.short_id
-    words = f"{pair.new_ref} is on no contact any more: {name}, which had it, is gone or not active"
-    return PairError("reference_unheld", f"{words}, and {pair.primary.short_id} does not have it")
-
-
-def rev_org_error(live: LiveGroup, pair: Pair) -> PairError | None:
-    if not pair.new_ref or not live.orgs_differ(pair):
-        return None
-    words = f"{into(pair)}: they belong to different workspaces (rev orgs)"
-    return PairError("different_rev_org", f"{words}, and {pair.new_ref} has to move")
+def pair_errors(live: LiveGroup, pair: Pair, options: MergeOptions) -> Iterator[PairError | None]:
+    """Yield what is wrong with a pair that stays in its group."""
+    duplicate = pair.duplicate
+    yield live_contact_error(duplicate, live.duplicate(pair), duplicate.external_ref)
+    if pair.new_ref in live.unheld:
+        words = f"{pair.new_ref} is on no contact any more: {duplicate.short_id}, which had it, is"
+        why = f"{words} gone or not active, and {pair.primary.short_id} does not have it"
+        yield PairError("reference_unheld", why)
+    if not options.try_unverified:
+        yield unverified_error(pair, live.unverified)
+    if pair.new_ref and live.orgs_differ(pair) and not options.across_workspaces:
+        words = f"{into(pair)}: they belong to different workspaces (rev orgs)"
+        yield PairError("different_rev_org", f"{words}, and {pair.new_ref} has to move")
 
 
 def unverified_side(pair: Pair, unverified: Collection[str]) -> str:
@@ -2452,18 +2291,17 @@ def unverified_error(pair: Pair, unverified: Collection[str]) -> PairError | Non
     side = unverified_side(pair, unverified)
     if not side:
         return None
-    primary, duplicate = pair.primary.short_id, pair.duplicate.short_id
     if side == "both":
         words = f"{into(pair)}: both are unverified, and {pair.new_ref} has to move"
         why = "DevRev documents that a reference of an unverified contact can't be given to another"
         return PairError("unverified", f"{words}; {why}")
-    odd, other = (primary, duplicate) if side == "primary" else (duplicate, primary)
+    odd = pair.primary.short_id
+    other = pair.duplicate.short_id
+    if side == "duplicate":
+        odd, other = other, odd
     words = f"{into(pair)}: {odd} is unverified, {other} is not known to be"
-    gain = f"tickets and conversations of {other}"
-    if side == "primary" and pair.new_ref:
-        gain += f", and have its reference {pair.new_ref}"
-    why = f"anybody may have typed this address into a chat, and would come to know the {gain}"
-    return PairError("unverified", f"{words}; {why}")
+    why = "anybody may have typed this address into a chat, and would come to know"
+    return PairError("unverified", f"{words}; {why} tickets and conversations of {other}")
 
 
 def unverified_lines(pairs: Iterable[Pair], unverified: Collection[str], listed: bool) -> list[str]:
@@ -2507,30 +2345,33 @@ def live_group_error(live: LiveGroup) -> PairError | None:
         return PairError("shared_mailbox", words)
     new = [contact for contact in there.values() if contact.id not in known]
     new.sort(key=lambda contact: (not contact.is_user, contact.external_ref))
-    if new and new[0].is_user:
-        kind = f"another {Contact.user_prefix} contact of this email"
-        words = f"DevRev has {kind} by now: {new[0].external_ref}"
-        return PairError("several_user_refs", words)
-    if new and group.chosen:
-        words = "DevRev has another contact of this email by now, so choose again"
-        return PairError("group_changed", f"{words}: {new[0].external_ref}")
+    if new and (new[0].is_user or group.chosen):
+        code = "several_user_refs" if new[0].is_user else "group_changed"
+        words = f"DevRev has another contact of this email by now: {new[0].external_ref}"
+        return PairError(code, words)
     return None
 
 
-def count_error(
+def check_count(
+    group: Group,
     contact: Contact,
     greatest: int,
-    policy: str,
+    options: MergeOptions,
     who: str = "the backup",
-) -> PairError | None:
-    """Compare the greatest(owned, created, reported) that `who` has with the CSV's TICKET_COUNT."""
-    if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
-        return None
+) -> None:
+    """Compare the greatest(owned, created, reported) that `who` has with the CSV's TICKET_COUNT.
+
+    Raises PairError where they do not agree.
+    """
+    is_primary = contact.id == group.primary.id
+    accepts_more = options.count_policy == "at-least" or (is_primary and group.has_absorbed())
+    if greatest == contact.tickets or (greatest > contact.tickets and accepts_more):
+        return
     hint = "--count-policy at-least accepts more"
     if greatest < contact.tickets:
         hint = "the token may not see them all"
     has = f"{contact.short_id}: {who} has {plural(greatest, 'ticket')}"
-    return PairError("count_mismatch", f"{has}, the CSV says {contact.tickets} ({hint})")
+    raise PairError("count_mismatch", f"{has}, the CSV says {contact.tickets} ({hint})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4152,8 +3993,7 @@ def winning_row(one: StoredRow, other: StoredRow) -> StoredRow:
     """Return which of two files to believe about one pair or run.
 
     The higher revision wins, for clocks can be set; at equal revisions the state that says more was
-    done. A row that records a request never loses to one that doesn't, unless that one records that
-    the request was never sent.
+    done. A row that records a request never loses to one that doesn't.
     """
 
     def authority(row: StoredRow) -> tuple[int, int, float]:
@@ -4161,10 +4001,8 @@ def winning_row(one: StoredRow, other: StoredRow) -> StoredRow:
         return row.revision, AUTHORITY.index(state), row.document.get("requested_at", 0.0)
 
     winner, loser = sorted((one, other), key=authority, reverse=True)
-    now = winner.document
-    requested_at = loser.document.get("requested_at")
-    forgets = requested_at and not now["requested_at"] and now.get("withdrawn_at") != requested_at
-    if forgets and now["state"] in (State.PLANNED, State.FAILED):
+    forgets = loser.document.get("requested_at") and not winner.document["requested_at"]
+    if forgets and winner.document["state"] in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
     return winner
 
@@ -4700,7 +4538,7 @@ async def check_group(
     group: Group,
     options: MergeOptions,
     priority: int,
-) -> tuple[LiveGroup, Sequence[Dropped], Timestamp]:
+) -> tuple[LiveGroup, list[tuple[Pair, PairSkipped]], Timestamp]:
     """Read a group's contacts and compare them with the plan: for a run, and for the live preview.
 
     Return what DevRev says, the pairs that leave the group, and since when it is true. Raises
@@ -4732,10 +4570,7 @@ async def check_group(
     live = LiveGroup(group, users, list(listed.values()), unverified)
     live = replace(live, unheld=await unheld_references(api, live, priority))
     plan.unverified.update(live.unverified)
-    check = check_live(live, options.across_workspaces, options.try_unverified)
-    if check.error:
-        raise check.error
-    return live, check.dropped, oldest(since)
+    return live, check_live(live, options), oldest(since)
 
 
 async def unverified_among(
@@ -4801,8 +4636,8 @@ async def foresee_group(
     """Raise PairError with what a run would refuse the group with now; reads only."""
     _, dropped, _ = await check_group(api, plan, group, options, PREPARE)
     if len(dropped) == len(group.pending()):
-        raise PairSkipped(dropped[0].code, dropped[0].reason)
-    left_out = {one.pair.duplicate.id for one in dropped}
+        raise dropped[0][1]
+    left_out = {pair.duplicate.id for pair, _ in dropped}
     for contact in group.contacts():
         if contact.id not in left_out:
             lists = await together(*load_works(api, contact, PREPARE))
@@ -4820,22 +4655,6 @@ def load_works(api: DevRevAPI, contact: Contact, priority: int) -> list[Awaitabl
     """Start the lists of a contact's works, by role."""
     loaders = [api.objects[role] for role in ROLES.values()]
     return [loader.load(contact.id, contact.tickets, priority) for loader in loaders]
-
-
-def check_count(
-    group: Group,
-    contact: Contact,
-    greatest: int,
-    options: MergeOptions,
-    who: str = "the backup",
-) -> None:
-    """Raise PairError where `who` does not have as many tickets of a contact as the CSV counts."""
-    policy = options.count_policy
-    if contact.id == group.primary.id and group.has_absorbed():
-        policy = "at-least"
-    problem = count_error(contact, greatest, policy, who)
-    if problem:
-        raise problem
 
 
 class Preconditions:
@@ -4886,8 +4705,8 @@ class Preconditions:
         live, dropped, self._checked = await check_group(
             self.context.api, self.context.plan, self.group, self.context.options, priority
         )
-        for one in dropped:
-            one.pair.move_to(State.SKIPPED, one.code, one.reason)
+        for pair, skip in dropped:
+            pair.move_to(State.SKIPPED, skip.code, str(skip))
         self.live = {identity: user for identity, user in live.users.items() if user}
         log.info("%s: the live check has passed", self.group.email)
 
@@ -9353,12 +9172,12 @@ def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
         why = "the CSV, the choices or an option of the merge differs from what it was"
         words = f"the plan is {plan.id}, not {options.plan}: {why}; read the preview again"
         raise FatalError(EXIT_USAGE, words)
+    apply_savepoint(plan, savepoint, named)
     plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
     plan.ids = set(plan.wanted)
-    apply_savepoint(plan, savepoint, named)
     lines = plan.passed_over
     if options.email:
-        lines += keep_emails(plan, named)
+        keep_emails(plan, named)
     if options.limit:
         lines += keep_limit(plan, options.limit)
     for line in lines:

@@ -103,7 +103,7 @@ def test_json_of_a_run_and_an_undo_is_their_report_and_nothing_else_is_on_stdout
 
 NO_REPORT = {
     "--csv contacts.csv": "Add --yes",
-    "--csv contacts.csv --yes --email persn1@example.com": "did you mean person1@example.com?",
+    "--csv contacts.csv --yes --email persn1@example.com": "in no row of the CSV: persn1@",
     "--csv nowhere.csv --yes": "nowhere.csv",
     "--csv contacts.csv --undo reports/none.json --limit x": "is not a whole number",
     "--csv contacts.csv --no-such-option": "unrecognized arguments",

@@ -65,9 +65,6 @@ REQUESTED = (5, State.REQUESTED, {"requested_at": 100.0})
         # A row with a request never loses to one without.
         (REQUESTED, (9, State.PLANNED, {}), 0),
         (REQUESTED, (9, State.FAILED, {}), 0),
-        # But the withdrawal of that very request is believed.
-        (REQUESTED, (9, State.PLANNED, {"withdrawn_at": 100.0}), 1),
-        (REQUESTED, (9, State.FAILED, {"withdrawn_at": 50.0}), 0),
     ],
 )
 def test_which_row_wins(one: Any, other: Any, winner: int) -> None:

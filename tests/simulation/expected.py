@@ -201,7 +201,7 @@ def read_file(path: Path) -> Optional[StoredFile]:
 def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, Dict[str, Any]]:
     """Return the rows that both files know together: of each pair, the one that was written last.
 
-    One that knows of a request does not lose to one that doesn't, nor knows that it was never sent.
+    One that knows of a request does not lose to one that doesn't.
     """
     found: Dict[Ids, Dict[str, Any]] = {}
     for file in (main, copy):
@@ -211,7 +211,7 @@ def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, 
                 continue
             loser, winner = sorted((found[ids], row), key=authority)
             is_idle = winner["state"] in ("planned", "failed") and not winner["requested_at"]
-            if is_idle and loser["requested_at"] not in (0, winner.get("withdrawn_at")):
+            if is_idle and loser["requested_at"]:
                 winner = {**loser, "revision": winner["revision"]}
             found[ids] = winner
     return found
