@@ -298,10 +298,7 @@ def test_a_token_that_can_not_be_one_is_refused(token: str, says: str) -> None:
 def test_an_env_file_of_another_encoding_is_named(place: Workplace) -> None:
     (place.folder / ".env").write_bytes("DEVREV_API_TOKEN=abc\n".encode("utf-16"))
     place.export(organisation_of_pairs(1)[0])
-    assert (
-        ".env is not UTF-8 text; save it again as UTF-8"
-        in place.run(None, "--preview", check=2).err
-    )
+    assert ".env can't be read as UTF-8" in place.run(None, "--preview", check=2).err
 
 
 def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: Workplace) -> None:
