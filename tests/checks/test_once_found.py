@@ -12,7 +12,7 @@ QUICK = ("--merge-timeout", "2")
 
 @pytest.mark.parametrize("delay", [0.11, 0.12, 0.13])
 def test_a_403_to_the_first_merge_request_lets_no_other_leave(scene: Scene, delay: float) -> None:
-    """Seeds 253 and 455: the pair was saved before the run stopped, and another request left meanwhile."""
+    """Seeds 253 and 455: a pair was saved before the run stopped, and a request left meanwhile."""
     scene.pairs(3, talk=False, tickets=(0, 1))
     scene.kill("hearing of rev-users.merge")
     scene.merge()  # its merge is carried out, which confirms the next run
@@ -21,17 +21,6 @@ def test_a_403_to_the_first_merge_request_lets_no_other_leave(scene: Scene, dela
     scene.fault("slow", "timeline-entries.list", skip=1, times=1, detail=delay)
     assert scene.merge().code in (2, 3)
     scene.end()
-
-
-def test_what_no_run_has_tried_comes_before_the_limit(scene: Scene) -> None:
-    """Seed 50518: a pair that fails each time used up the limit, run after run."""
-    scene.pairs(3)
-    scene.fault("500", "timeline-entries.list", times=1)
-    scene.settings["retries"] = 0
-    scene.merge("--limit", "1")
-    assert scene.organisation.merges == []
-    scene.merge("--limit", "1")
-    assert len(scene.organisation.merges) == 1
 
 
 @pytest.mark.parametrize("n", range(1, 12))
@@ -44,21 +33,6 @@ def test_no_contact_is_created_whose_undo_the_copy_could_not_note(scene: Scene, 
     assert scene.holder("user_1") is not None
     scene.undo()
     assert scene.holder("user_1") not in (None, primary, duplicate)
-
-
-@pytest.mark.parametrize("shown", ["404", "state"])
-def test_an_undo_whose_primary_is_gone_is_settled(scene: Scene, shown: str) -> None:
-    """Seed 770053: the undo could neither be finished nor settled."""
-    primary, duplicate = scene.pair(1)
-    scene.world.deleted_contacts = shown
-    scene.merge()
-    scene.kill("sending rev-users.create")
-    scene.undo()
-    scene.organisation.delete_contact(primary)
-    run = scene.undo()
-    assert run.code == 1 and "user_1" in run.out + run.err and "--settle" in run.out + run.err
-    assert scene.settle("person1@example.com").rows[duplicate]["state"] == "undo_settled"
-    scene.end()
 
 
 def test_a_cancelled_pair_whose_primary_was_merged_onward_stays_cancelled(scene: Scene) -> None:
@@ -76,17 +50,8 @@ def test_a_cancelled_pair_whose_primary_was_merged_onward_stays_cancelled(scene:
     assert scene.reference(other) == "REVU-Z"
 
 
-def test_a_contact_that_answers_as_before_for_good_is_believed(scene: Scene) -> None:
-    """Seed 50254: what DevRev shows is all that a run can go by."""
-    scene.pair(1)
-    scene.world.gone = "stale"
-    scene.merge(*QUICK)
-    scene.merge(*QUICK)
-    scene.end()
-
-
 def test_a_savepoint_of_another_organisation_has_no_say(scene: Scene) -> None:
-    """Seed 50401: a pair that was cancelled, and an export of the same addresses from another organisation."""
+    """Seed 50401: a cancelled pair, and the same addresses from another organisation."""
     _, duplicate = scene.pair(1)
     scene.fault("merge-never")
     scene.merge(*QUICK)
@@ -131,7 +96,7 @@ def test_a_merged_contact_that_stays_archived_delays_no_reference(scene: Scene) 
 
 
 def test_a_contact_that_is_locked_while_lists_lag_is_not_requested_again(scene: Scene) -> None:
-    """Seed 78 of a later simulation: the check's lists showed it as before, and the poll did not."""
+    """Seed 78 later: the check's lists showed it as before, and the poll did not."""
     _, duplicate = scene.pair(1)
     scene.fault("hang", "rev-users.merge", times=1)
     scene.kill("hearing of rev-users.merge")

@@ -1,7 +1,6 @@
-"""Run the script in a fork of a process that has imported its packages already: a start in half the CPU.
+"""Run the script in a fork of a process that has imported its packages already: in half the CPU.
 
-What runs is the same as from a shell: the script as `__main__`, in a process of its own that can be killed, with its own
-folder, environment and streams. Only the imports are shared.
+What runs is the same as from a shell, in a process of its own; only the imports are shared.
 """
 
 import multiprocessing
@@ -13,20 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, List, Mapping, Sequence
 
-IMPORTED = [
-    "asyncio",
-    "argparse",
-    "concurrent.futures",
-    "csv",
-    "difflib",
-    "dotenv",
-    "gzip",
-    "html",
-    "logging",
-    "ratelimit",
-]
-IMPORTED += ["requests", "sqlite3", "ssl", "subprocess", "unicodedata"]
-IMPORTED += ["merge_contacts"]  # for the patterns that it compiles; what runs is executed again
+# The module for the patterns that it compiles; what runs is executed again.
+IMPORTED = ["dotenv", "ratelimit", "requests", "sqlite3", "ssl", "subprocess", "merge_contacts"]
 # What Python reads before any program starts can't be set in a fork.
 READ_AT_START = ("PYTHON", "LC_", "LANG", "TZ")
 
@@ -60,7 +47,7 @@ def _run(argv: List[str], folder: str, environment: Mapping[str, str], out: str,
 
 
 def run(argv: Sequence[str], folder: str, environment: Mapping[str, str], timeout: float) -> Any:
-    """Run to the end, like `subprocess.run`: return exit code (negative for a signal), stdout, stderr, and whether the
+    """Run to the end: return exit code (negative for a signal), stdout, stderr, and whether the
     process was still running after `timeout` seconds and was ended by SIGABRT."""
     with tempfile.TemporaryDirectory() as scratch:
         streams = [Path(scratch, name) for name in ("out", "err")]

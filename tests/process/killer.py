@@ -1,7 +1,6 @@
-"""Run the script and kill it (SIGKILL) at its n-th durable write: `killer.py N before|after merge_contacts.py ...`.
+"""Run the script and kill it (SIGKILL) at its n-th durable write: `killer.py N before|after …`.
 
-A durable write is a flush to the disk, a rename, or a commit of the savepoint. With N = 0 nothing is killed, and the
-number of durable writes is printed to stderr at the end.
+A durable write is a flush to the disk, a rename, or a commit of the savepoint.
 """
 
 import os
@@ -50,8 +49,4 @@ os.fsync = counted(os.fsync)  # type: ignore[assignment]
 os.replace = counted(os.replace)  # type: ignore[assignment]
 sqlite3.connect = connect_counted  # type: ignore[assignment]
 sys.argv = sys.argv[3:]
-try:
-    runpy.run_module("merge_contacts", run_name="__main__", alter_sys=True)
-finally:
-    if not WANTED:
-        print(f"durable writes: {count}", file=sys.stderr)
+runpy.run_module("merge_contacts", run_name="__main__", alter_sys=True)

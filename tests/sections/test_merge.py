@@ -1,8 +1,7 @@
-"""What becomes of a pair: requested, polled for, given its reference, verified; and every way out of that."""
+"""What becomes of a pair: requested, polled for, given its reference, verified, or settled."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def give_all(organisation: Organisation, giver: str, taker: str) -> None:
         organisation.give(talk["id"], "members", [taker])
 
 
-# -- what a merge leaves behind ----------------------------------------------------------------------
+# -- what a merge leaves behind --------------------------------------------------------------------
 
 HUSKS = ("locked", "shadow", "archived", "no-email", "no-reference", "bare", "own-reference")
 
@@ -86,7 +85,7 @@ def test_a_duplicate_that_somebody_locks_while_its_merge_is_pending_is_still_the
     assert scene.count("rev-users.update") == 0
 
 
-# -- the last read decides ---------------------------------------------------------------------------
+# -- the last read decides -------------------------------------------------------------------------
 
 
 def test_a_reference_that_something_puts_back_is_set_once_more(scene: Scene) -> None:
@@ -94,44 +93,6 @@ def test_a_reference_that_something_puts_back_is_set_once_more(scene: Scene) -> 
     scene.world.puts_back, scene.world.puts_back_after = 1, 0.01
     run = scene.merge(*QUICK)
     assert run.code == 0 and scene.merged(pair) and run.count("rev-users.update") == 2
-
-
-def test_a_reference_that_is_put_back_again_and_again_is_not_called_merged(scene: Scene) -> None:
-    primary, _ = scene.pair(1)
-    scene.world.puts_back, scene.world.puts_back_after = 9, 0.01
-    run = scene.merge(*QUICK)
-    assert run.codes == {FIRST: "reference_reverted"}
-    (entry,) = run.report["unfinished_merges"]
-    assert "REVU-P1" in entry["error"] and scene.reference(primary) == "REVU-P1"
-    scene.world.puts_back = 0
-    scene.end()
-    assert scene.reference(primary) == "user_1"
-
-
-def test_a_reference_that_somebody_sets_before_the_verification_stays(scene: Scene) -> None:
-    primary, _ = scene.pair(1)
-    scene.after(
-        "rev-users.update",
-        lambda devrev: devrev.change(devrev.contacts[primary], external_ref="by-hand"),
-    )
-    assert scene.merge(*QUICK).codes == {FIRST: "external_ref_changed"}
-    assert scene.reference(primary) == "by-hand"
-
-
-@pytest.mark.parametrize("status", [400, 403, 409])
-def test_an_update_that_is_refused_because_the_merge_has_moved_the_reference_is_done(
-    scene: Scene, status: int
-) -> None:
-    primary, _ = scene.pair(1)
-
-    def move(devrev: Organisation) -> None:
-        devrev.change(devrev.contacts[primary], external_ref="user_1")
-
-    scene.before("rev-users.update", move)
-    scene.fault(str(status), "rev-users.update")
-    run = scene.merge(*QUICK)
-    assert run.code == 0 and run.count("rev-users.update") == 1
-    assert scene.reference(primary) == "user_1"
 
 
 @pytest.mark.parametrize("options", [(), ("--primary", "user")])
@@ -173,7 +134,7 @@ def test_a_ticket_that_was_deleted_before_the_verification_is_named_and_holds_no
     assert run.code == 0 and entry["deleted"] == [ticket]
 
 
-# -- conflicts ---------------------------------------------------------------------------------------
+# -- conflicts -------------------------------------------------------------------------------------
 
 
 def test_an_organisation_that_never_frees_a_reference_costs_five_pairs_at_most(
@@ -229,7 +190,7 @@ def test_merges_that_devrev_carries_out_into_others_stop_a_run(scene: Scene) -> 
     assert len(scene.organisation.merges) <= 5
 
 
-# -- busy --------------------------------------------------------------------------------------------
+# -- busy ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [400, 409, 423, 425])
@@ -243,24 +204,7 @@ def test_an_organisation_that_merges_one_pair_at_a_time_is_served_one_pair_at_a_
     assert run.code == 0 and scene.merged(*pairs)
 
 
-@pytest.mark.parametrize("status", [409, 423, 425])
-def test_a_merge_that_waits_for_other_programs_merges_is_requested_again(
-    scene: Scene, status: int
-) -> None:
-    pair = scene.pair(1)
-    scene.fault(str(status), "rev-users.merge", times=4)
-    run = scene.merge("--merge-timeout", "60")
-    assert run.code == 0 and scene.merged(pair) and run.count("rev-users.merge") == 5
-
-
-def test_a_merge_that_devrev_is_busy_for_all_the_time_is_refused_in_the_end(scene: Scene) -> None:
-    scene.pair(1)
-    scene.fault("409", "rev-users.merge")
-    run = scene.merge("--merge-timeout", "20")
-    assert run.codes == {FIRST: "merge_refused"} and 3 < run.count("rev-users.merge") < 20
-
-
-# -- the first merge ---------------------------------------------------------------------------------
+# -- the first merge -------------------------------------------------------------------------------
 
 
 def test_merges_go_one_at_a_time_until_one_is_confirmed(scene: Scene) -> None:
@@ -280,24 +224,7 @@ def test_a_token_that_may_not_merge_ends_the_run_at_its_first_request(scene: Sce
     assert scene.organisation.merges == []
 
 
-def test_a_first_merge_that_is_forbidden_and_carried_out_all_the_same_goes_on(
-    scene: Scene,
-) -> None:
-    pairs = scene.pairs(3)
-    scene.fault("merge-refused-late", "rev-users.merge", detail=(403, 1.0), times=1)
-    assert scene.merge().code == 0 and scene.merged(*pairs)
-
-
-def test_a_forbidden_first_merge_of_which_polls_tell_nothing_does_not_promise_that_nothing_was_changed(
-    scene: Scene,
-) -> None:
-    scene.pairs(2)
-    scene.world.forbidden = ("rev-users.merge",)
-    scene.fault("400", "rev-users.get")
-    assert scene.merge().code == 3
-
-
-# -- settling, and what was cancelled ----------------------------------------------------------------
+# -- settling, and what was cancelled --------------------------------------------------------------
 
 
 def cancel(scene: Scene, *options: str) -> None:
@@ -408,68 +335,7 @@ def test_a_lost_backup_keeps_a_merged_pair_open_until_it_is_settled(scene: Scene
     assert len(scene.world.requests) == before
 
 
-# -- once asked, never forgotten ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("status", [400, 403, 409])
-def test_a_merge_that_was_refused_and_comes_all_the_same_is_finished(
-    scene: Scene, status: int
-) -> None:
-    pair = scene.pair(1)
-    late = scene.fault("merge-refused-late", detail=(status, 60.0))
-    assert scene.merge(*QUICK).code in (1, 2)
-    scene.world.faults.remove(late)
-    scene.clock.advance(100)
-    scene.export(leave_out=[pair[1]])
-    assert scene.merge(*QUICK).code == 0 and scene.merged(pair)
-
-
-def test_a_request_of_days_ago_needs_one_poll_and_is_then_sent_again(scene: Scene) -> None:
-    pair = scene.pair(1)
-    scene.fault("merge-never", times=1)
-    assert scene.merge(*QUICK).code == 1
-    scene.clock.advance(172_800)
-    run = scene.merge("--merge-timeout", "60")
-    endpoints = [request.endpoint for request in run.requests]
-    assert endpoints.index("rev-users.get") < endpoints.index("rev-users.merge")
-    assert scene.merged(pair) and run.code == 0
-
-
-def test_a_lost_savepoint_loses_nothing_that_was_requested_or_has_ended(scene: Scene) -> None:
-    pairs = scene.pairs(4)
-    scene.fault("merge-never", match=of(pairs[3][1]))
-    assert scene.merge(*QUICK).code == 1
-    scene.lose("savepoint.db")
-    scene.world.faults.clear()
-    scene.organisation.merge(*pairs[3])
-    run = scene.merge(*QUICK)
-    assert run.code == 0 and run.count("rev-users.merge") == 0
-    assert run.report["summary"]["already_merged"] == 3 and scene.merged(*pairs)
-
-
-def test_what_an_old_copy_of_the_savepoint_does_not_know_is_not_forgotten(scene: Scene) -> None:
-    pairs = scene.pairs(3)
-    scene.world.merge_delay = 300.0
-    scene.merge(*QUICK, "--email", FIRST)
-    scene.keep("savepoint.db")
-    scene.merge(*QUICK)
-    scene.put_back("savepoint.db")
-    scene.clock.advance(600)
-    found = json.loads(scene.run("--csv", "contacts.csv", "--preview", "--json").out)
-    assert len(found["to_finish"]) == 3
-    scene.end()
-    assert scene.merged(*pairs)
-
-
-def test_a_merge_that_comes_while_it_is_about_to_be_requested_again_is_finished(
-    scene: Scene,
-) -> None:
-    pair = scene.pair(1)
-    scene.fault("merge-never", times=1)
-    assert scene.merge(*QUICK).code == 1
-    scene.after("timeline-entries.list", lambda devrev: devrev.merge(*pair))
-    assert scene.merge(*QUICK).code == 0
-    assert scene.count("rev-users.merge") == 1 and scene.merged(pair)
+# -- once asked, never forgotten -------------------------------------------------------------------
 
 
 def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first_in_the_next_run(
@@ -484,19 +350,6 @@ def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first_in_th
     run = scene.merge(*QUICK)
     asked = [request.endpoint for request in run.requests][:2]
     assert run.code == 0 and asked == ["dev-users.self", "rev-users.get"]
-
-
-def test_a_pair_stays_requested_whatever_its_next_check_says(scene: Scene) -> None:
-    primary, duplicate = scene.pair(1, (1, 3))
-    scene.lose_answer("rev-users.merge")
-    scene.world.merge_delay = 300.0
-    scene.after(
-        "rev-users.merge",
-        lambda devrev: devrev.give(works_of(devrev, duplicate)[0], "reported_by", [primary]),
-    )
-    assert scene.merge(*QUICK).codes == {FIRST: "count_mismatch"}
-    scene.clock.advance(600)
-    assert scene.merge(*QUICK).code == 0 and scene.count("rev-users.merge") == 1
 
 
 def test_another_export_with_another_primary_never_asks_a_pending_duplicate_into_it(
@@ -535,44 +388,6 @@ def test_a_duplicate_that_somebody_has_merged_or_deleted_first_is_not_called_our
     assert run.codes == {FIRST: "merged_elsewhere"} and scene.reference(primary) == "REVU-P1"
     assert "user_1" in run.report["failed_merges"][0]["error"]
     assert scene.merge(*QUICK).code == 0
-
-
-@pytest.mark.parametrize("gone", ["301", "primary"])
-def test_a_pair_that_a_colleague_merges_just_before_is_ours_where_devrev_names_the_primary(
-    scene: Scene, gone: str
-) -> None:
-    pair = scene.pair(1, (0, 0), talk=False)
-    scene.world.gone = gone
-    scene.before("rev-users.merge", lambda devrev: devrev.merge(*pair))
-    scene.fault("404", "rev-users.merge")
-    assert scene.merge(*QUICK).code == 0 and scene.merged(pair)
-
-
-def test_one_false_not_found_while_the_merge_is_pending_does_no_harm(scene: Scene) -> None:
-    pairs = scene.pairs(2)
-    scene.world.merge_delay = 1.5
-    scene.waive("a reference is moved after the merge", "DevRev says that the duplicate is gone")
-    scene.fault("404", "rev-users.get", times=1)
-    assert scene.merge("--merge-timeout", "30").code == 0
-    assert scene.merged(*pairs) and scene.count("rev-users.merge") == 2
-
-
-def test_the_404_of_a_route_says_nothing_of_a_contact(scene: Scene) -> None:
-    scene.pair(1)
-    scene.world.merge_delay = 9e9
-    scene.fault("route-404", "rev-users.get")
-    assert scene.merge(*QUICK).code == 1 and scene.count("rev-users.update") == 0
-
-
-def test_a_reference_that_somebody_has_set_between_two_runs_is_left(scene: Scene) -> None:
-    primary, _ = scene.pair(1)
-    scene.fault("500", "rev-users.update")
-    scene.merge(*QUICK)
-    scene.world.faults.clear()
-    scene.organisation.change(scene.organisation.contacts[primary], external_ref="by-hand")
-    assert scene.merge(*QUICK).codes == {FIRST: "external_ref_changed"}
-    assert scene.reference(primary) == "by-hand"
-    scene.end()
 
 
 def test_a_contact_that_the_application_makes_again_in_the_gap_is_healed_by_another_export(
@@ -615,13 +430,6 @@ def test_what_a_merge_leaves_behind_is_named_and_verified_again_by_the_next_run(
     for one in left:
         scene.organisation.give(one, "reported_by", [primary])
     assert scene.merge(*QUICK).code == 0 and scene.count("rev-users.merge") == 1
-
-
-def test_lists_that_lag_behind_a_merge_are_waited_for(scene: Scene) -> None:
-    pairs = scene.pairs(3)
-    scene.clock.advance(10.0)
-    scene.world.list_lag = 5.0
-    assert scene.merge("--merge-timeout", "60").code == 0 and scene.merged(*pairs)
 
 
 def test_five_failures_in_a_row_stop_the_run_before_more_is_started(scene: Scene) -> None:
@@ -718,21 +526,7 @@ def test_lists_are_asked_with_the_spelling_that_devrev_has(scene: Scene) -> None
     assert scene.merge("--merge-timeout", "60").code == 0 and scene.merged(pair)
 
 
-def test_lists_that_do_not_show_the_primary_prove_no_absence(scene: Scene) -> None:
-    scene.pair(1, (0, 0), talk=False)
-    scene.world.merge_delay = 9e9
-    nobody: dict[str, Any] = {"rev_users": []}
-
-    def hide(_devrev: Organisation) -> None:
-        scene.answer("rev-users.list", 200, nobody)
-        scene.fault("400", "rev-users.get")
-
-    scene.after("rev-users.merge", hide)
-    assert scene.merge("--merge-timeout", "60").code in (1, 3)
-    assert scene.count("rev-users.update") == 0
-
-
-# -- fields ------------------------------------------------------------------------------------------
+# -- fields ----------------------------------------------------------------------------------------
 
 
 def with_fields(scene: Scene, **primary_fields: Any) -> tuple[str, str]:
@@ -806,21 +600,7 @@ def test_carried_fields_rest_on_a_read_that_nothing_has_waited_behind(
     assert write.started - read.started < 1
 
 
-@pytest.mark.parametrize("step", ["sending rev-users.update", "hearing of rev-users.update"])
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_run_that_is_killed_at_an_update_carries_fields_in_the_next(
-    scene: Scene, step: str, n: int
-) -> None:
-    primary, _ = with_fields(scene)
-    scene.kill(step, n)
-    assert scene.merge("--carry-fields").killed
-    assert scene.merge().code == 0
-    contact = scene.organisation.contacts[primary]
-    assert contact["phone_numbers"] == ["+15550100", "+15550101"]
-    assert contact["description"] == "prefers email"
-
-
-# -- preconditions -----------------------------------------------------------------------------------
+# -- preconditions ---------------------------------------------------------------------------------
 
 
 def test_a_laptop_that_sleeps_between_check_and_merge_checks_again(scene: Scene) -> None:
@@ -863,32 +643,7 @@ def test_an_answer_without_an_end_fails_its_group_alone(scene: Scene, kind: str)
     assert run.codes == {FIRST: "api_error"} and scene.merged(pairs[1])
 
 
-def test_an_interrupted_run_sets_the_reference_of_what_devrev_has_merged(scene: Scene) -> None:
-    scene.pairs(3)
-    scene.world.merge_delay = 2.0
-    scene.after("rev-users.merge", scene.ctrl_c)
-    run = scene.merge()
-    assert run.code == 130 and scene.count("rev-users.merge") == 1
-    ((primary, _),) = scene.organisation.merges
-    assert str(scene.reference(primary)).startswith("user_")
-    scene.end()
-
-
-def test_a_pair_that_waits_to_be_requested_again_is_not_given_up_when_the_run_is_interrupted(
-    scene: Scene,
-) -> None:
-    pair = scene.pair(1)
-    scene.lose_answer("rev-users.merge")
-    scene.world.merge_delay = 300.0
-    scene.fault("429", "rev-users.merge", skip=1, detail=60)
-    scene.after("rev-users.merge", scene.ctrl_c, n=2)
-    assert scene.merge(*QUICK).code == 130
-    scene.world.faults.clear()
-    scene.end()
-    assert scene.merged(pair)
-
-
-# -- lost and false answers --------------------------------------------------------------------------
+# -- lost and false answers ------------------------------------------------------------------------
 
 LOST_BEFORE = ("reset-before", "500", "502", "503", "429", "429-bare")
 

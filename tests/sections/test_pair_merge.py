@@ -42,7 +42,7 @@ SHOWN = {
     "unknown": user(D, is_verified=None),
     "old": user(P),
     "moved": user(P, external_ref="user_1"),
-    "by-hand": user(P, external_ref="by-hand"),
+    "hand": user(P, external_ref="hand"),
     "another": user(Z, external_ref="user_1", email="another@example.com"),
     "second": user(Z, external_ref="user_2"),
 }
@@ -225,6 +225,7 @@ merge=403 poll=400       -> requested interrupted exit 3: lists merge poll
 merge=403!               -> done: lists merge poll set lists
 merge=404                -> requested merge_refused: lists merge read poll
 merge=404!               -> done: lists merge read poll work lists poll set lists
+merge=404! poll=301      -> done: lists merge read poll set lists
 merge=404 poll=elsewhere -> merged_elsewhere: lists merge read poll
 merge=404 poll=deleted   -> merged_elsewhere: lists merge read poll work
 merge=route poll=elsewhere -> requested merged_into_another: lists merge poll
@@ -261,6 +262,7 @@ poll=500                 -> done: lists merge poll lists holders work lists set 
 poll=lost                -> done: lists merge poll lists holders work lists set lists
 poll=500,500,404         -> done: lists merge poll set lists
 merge=lost poll=400      -> requested api_error: lists merge (poll lists)+
+poll=400 emails=there+old,nobody -> acknowledged api_error: lists merge (poll lists)+
 poll=400 holders=there   -> acknowledged api_error: lists merge (poll lists holders)+
 poll=401                 -> acknowledged interrupted exit 3: lists merge poll
 poll=stop,there,404      -> proving interrupted exit 3: lists merge poll set
@@ -283,8 +285,9 @@ set=lost!             -> done: lists merge poll set read lists
 set=old,200       -> merged external_ref_not_set: lists merge poll set
 set=400 read=404      -> acknowledged not_found: lists merge poll set read poll
 set=400 read=deleted  -> acknowledged not_found: lists merge poll set read poll
-set=400 read=by-hand  -> merged external_ref_changed: lists merge poll set read
+set=400 read=hand  -> merged external_ref_changed: lists merge poll set read
 set=400 read=500      -> merged external_ref_not_set: lists merge poll set read
+emails=old+there,hand read=hand -> proving external_ref_changed: lists merge poll set lists read
 # left by an earlier run
 from=requested           -> done: poll lists read lists poll merge poll set lists
 from=requested!          -> done: poll read set lists
@@ -302,7 +305,7 @@ from=acknowledged! poll=500 -> done: poll lists holders work lists read set list
 from=acknowledged! poll=locked -> done: poll work lists read set lists
 from=merged!             -> done: read set lists
 from=merged! read=moved  -> done: read lists read
-from=merged! read=by-hand -> merged external_ref_changed: read
+from=merged! read=hand -> merged external_ref_changed: read
 from=merged! read=404    -> merged not_found: read
 from=merged! read=400    -> merged api_error: read
 from=merged! read=403    -> merged forbidden: read
