@@ -117,11 +117,8 @@ def test_the_columns_and_the_classes_are_named() -> None:
     assert set(COLUMNS) <= in_code(section)
     assert {"duplicate_id", "primary_id"} <= set(tool.MERGE_COLUMNS) & in_code(README)
     jobs = re.findall(r"^- `(\w+)(?:\(\))?`: \w+", README, re.MULTILINE)
-    assert (
-        {"Contact", "DevRevAPI", "SavePoint", "ContactMerger", "main"}
-        <= set(jobs)
-        <= set(dir(tool))
-    )
+    names = {"Contact", "DevRevAPI", "SavePoint", "ContactMerger", "main"}
+    assert names <= set(jobs) <= set(dir(tool))
 
 
 def test_the_changelog_begins_with_this_version() -> None:

@@ -10,13 +10,7 @@ import sys
 import pytest
 
 from tests.sandbox import Fault, Organisation, Sandbox
-from tests.support import (
-    Workplace,
-    assert_merged,
-    organisation_of_pairs,
-    pair,
-    watch_merges,
-)
+from tests.support import Workplace, assert_merged, organisation_of_pairs, pair, watch_merges
 
 DEVO = "don:identity:dvrv-us-1:devo/SANDBOX1:revu/"
 

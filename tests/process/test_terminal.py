@@ -147,7 +147,7 @@ def test_results_that_can_not_be_written_are_exit_3(place: Workplace, options: l
     place.export(organisation_of_pairs(1)[0])
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(
-            place.command(options, ()), cwd=str(place.folder), check=False,
+            place.command(*options), cwd=str(place.folder), check=False,
             env=place.environment(None, {}), stdout=full, stderr=subprocess.PIPE,
         )  # fmt: skip
     assert done.returncode == 3 and b"No space left" in done.stderr
@@ -164,8 +164,8 @@ def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_continue(
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
         wait_until(lambda: sandbox.count("rev-users.get") > 0, terminal.pid)
         os.kill(terminal.pid, getattr(signal, name))
-        text = terminal.read_until("stop at once)")
-        assert "stopping: waiting up to 10 s for requests under way" in text
+        said = "stopping: waiting up to 10 s for requests under way"
+        assert said in terminal.read_until("stop at once)")
         if name == "SIGHUP":  # the kernel and the shell each send one where a terminal is closed
             os.kill(terminal.pid, signal.SIGHUP)
             name = "SIGTERM"
@@ -181,8 +181,7 @@ def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signa
 ) -> None:
     organisation, pairs = organisation_of_pairs(30)
     place.export(organisation)
-    first = pairs[0][1]
-    never = Fault("merge-never", match=lambda body: body["secondary_user"] == first)
+    never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])
     with Sandbox(organisation, faults=[never]) as sandbox:
         # which nobody reads
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", "-v")
