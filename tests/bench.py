@@ -26,6 +26,8 @@ export      What `--export` costs where a tenth of the contacts have an email th
 start       What `--help` and the preview of two rows take, against a Python that does nothing.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import importlib.util
@@ -39,19 +41,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import requests
 
@@ -79,9 +69,6 @@ class Table(NamedTuple):
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-
-
-Findings = Iterator[Union[Figure, Table]]
 
 
 def at_most(
@@ -134,7 +121,7 @@ def run_tool(
 
 def run_yardstick(organisation: Organisation, **conditions: Any) -> Outcome:
     """Let the one-contact-at-a-time client merge the same."""
-    by_email: Dict[str, List[str]] = {}
+    by_email: dict[str, list[str]] = {}
     for identity, contact in organisation.contacts.items():
         by_email.setdefault(contact["email"], []).append(identity)
     with Sandbox(organisation, **conditions) as sandbox, requests.Session() as session:
@@ -178,7 +165,7 @@ class OneAtATime:
         for role in ("owned_by", "reported_by", "members"):
             assert set(kept[role]) <= set(self.objects(role, primary))
 
-    def back_up(self, contact: str) -> Dict[str, Any]:
+    def back_up(self, contact: str) -> dict[str, Any]:
         """Fetch the contact, its works in three roles, its conversations, and each timeline."""
         user = (self.call("rev-users.get", id=contact) or {})["rev_user"]
         roles = ("owned_by", "created_by", "reported_by", "members")
@@ -187,15 +174,15 @@ class OneAtATime:
             self.pages(TIMELINES, "timeline_entries", object=one)
         return {"external_ref": user["external_ref"], **objects}
 
-    def objects(self, role: str, contact: str) -> List[str]:
+    def objects(self, role: str, contact: str) -> list[str]:
         """Ids of the conversations of a contact, or of the works that it has in a role."""
         if role == "members":
             return self.pages("conversations.list", "conversations", members=[contact])
         return self.pages("works.list", "works", type=["ticket", "issue"], **{role: [contact]})
 
-    def pages(self, endpoint: str, key: str, **body: Any) -> List[str]:
+    def pages(self, endpoint: str, key: str, **body: Any) -> list[str]:
         """Ids of all items of a list."""
-        found: List[str] = []
+        found: list[str] = []
         while True:
             answer = self.call(endpoint, **body) or {}
             found.extend(item["id"] for item in answer[key])
@@ -203,20 +190,20 @@ class OneAtATime:
                 return found
             body["cursor"] = answer["next_cursor"]
 
-    def call(self, endpoint: str, **body: Any) -> Optional[Dict[str, Any]]:
+    def call(self, endpoint: str, **body: Any) -> dict[str, Any] | None:
         """The answer; None where there is no such object (any more)."""
         answer = self.session.post(f"{self.sandbox.url}/{endpoint}", json=body, timeout=30)
         if answer.status_code == 404:
             return None
         answer.raise_for_status()
-        found: Dict[str, Any] = answer.json()
+        found: dict[str, Any] = answer.json()
         return found
 
 
 # -- the parts -----------------------------------------------------------------------------------
 
 
-def bench_requests(_rows: int) -> Findings:
+def bench_requests(_rows: int) -> Iterator[Any]:
     pairs = 100
     organisation = organisation_of(pairs)
     works, talks = len(organisation.works) / pairs, len(organisation.conversations) / pairs
@@ -243,7 +230,7 @@ def bench_requests(_rows: int) -> Findings:
 
 
 def projection(
-    title: str, head: Tuple[str, str], costs: Mapping[Tuple[str, str], float], note: str = ""
+    title: str, head: tuple[str, str], costs: Mapping[tuple[str, str], float], note: str = ""
 ) -> Table:
     """The hours that two quotas give many requests."""
     rows = []
@@ -254,7 +241,7 @@ def projection(
     return Table(title, (*head, "units", *quotas), rows, note)
 
 
-def bench_quota(_rows: int) -> Findings:
+def bench_quota(_rows: int) -> Iterator[Any]:
     limit, window = 100, 3.0
     tool = run_tool(organisation_of(90), quota=(limit, window))
     total, refused = tool.total, tool.over_quota
@@ -264,7 +251,7 @@ def bench_quota(_rows: int) -> Findings:
     yield at_most("  answered 429", refused / total, 0.01, f"{refused}", f"{total}", "%")
 
 
-def bench_latency(_rows: int) -> Findings:
+def bench_latency(_rows: int) -> Iterator[Any]:
     pairs, few, latency, delay = 60, 4, 0.06, 0.3
     start = least_use([[PYTHON, str(SCRIPT), "--version"]], ".")[0].seconds
     runs = [
@@ -282,10 +269,10 @@ def bench_latency(_rows: int) -> Findings:
     yield Figure("  connections opened", str(tool.connections), f"{WORKERS} workers")
 
 
-def bench_gap(_rows: int) -> Findings:
+def bench_gap(_rows: int) -> Iterator[Any]:
     limit, window = 60, 6.0
     ceiling = {"DEVREV_RATE_LIMIT_CALLS": f"{limit}", "DEVREV_RATE_LIMIT_PERIOD": f"{window:g}"}
-    cases: Dict[str, Dict[str, Any]] = {
+    cases: dict[str, dict[str, Any]] = {
         f"a quota of {limit} in {window:g} s": {"quota": (limit, window)},
         f"a ceiling of {limit} in {window:g} s": {"environment": ceiling},
         "neither": {},
@@ -315,7 +302,7 @@ for _ in range(int(count)):
 """
 
 
-def bench_cpu(_rows: int) -> Findings:
+def bench_cpu(_rows: int) -> Iterator[Any]:
     if os.name == "nt":
         return
     import resource
@@ -348,7 +335,7 @@ print(((found["user"] == 1) & (found["system"] >= 1)).sum())
 """
 
 
-def bench_csv(rows: int) -> Findings:
+def bench_csv(rows: int) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
         progress(f"writing {rows:,} rows")
@@ -372,7 +359,7 @@ def bench_csv(rows: int) -> Findings:
         yield figure if rows >= 1_000_000 else figure._replace(target="", met="")
 
 
-def bench_export(_rows: int) -> Findings:
+def bench_export(_rows: int) -> Iterator[Any]:
     pairs, contacts = 500, 10_000
     organisation = organisation_of(pairs)
     for number in range(contacts - 2 * pairs):
@@ -395,7 +382,7 @@ def bench_export(_rows: int) -> Findings:
     yield projection("Projection of an export", ("contacts", "email recurs"), costs)
 
 
-def bench_start(_rows: int) -> Findings:
+def bench_start(_rows: int) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
         write_big_csv(path, 2)
@@ -408,16 +395,13 @@ def bench_start(_rows: int) -> Findings:
         yield Figure(name, f"{seconds:.3f} s", f"{nothing:.3f} s", ratio, "< 0.25 s", met)
 
 
-PARTS: Dict[str, Callable[[int], Findings]] = {
-    "requests": bench_requests,
-    "quota": bench_quota,
-    "latency": bench_latency,
-    "gap": bench_gap,
-    "cpu": bench_cpu,
-    "csv": bench_csv,
-    "export": bench_export,
-    "start": bench_start,
-}
+PARTS = {
+    part.__name__[len("bench_") :]: part
+    for part in (
+        bench_requests, bench_quota, bench_latency, bench_gap, bench_cpu, bench_csv, bench_export,
+        bench_start,
+    )
+}  # fmt: skip
 
 
 # -- the big CSV ---------------------------------------------------------------------------------
@@ -440,7 +424,7 @@ def write_big_csv(path: Path, rows: int) -> int:
     return pairs
 
 
-def big_row(number: int, paired: bool, chance: random.Random) -> Tuple[str, ...]:
+def big_row(number: int, paired: bool, chance: random.Random) -> tuple[str, ...]:
     """One contact. Numbers 2n and 2n + 1 of the paired are one person, spelt in two ways."""
     person = number // 2 if paired else number
     first, last = FIRST[person % len(FIRST)], LAST[person // len(FIRST) % len(LAST)]
@@ -509,9 +493,9 @@ def use_of(
 
 def least_use(
     commands: Sequence[Sequence[str]], folder: str, expected: Sequence[str] = (), rounds: int = 3
-) -> List[Use]:
+) -> list[Use]:
     """The least that each command takes; they take turns, so that a busy machine hits all alike."""
-    uses: List[List[Use]] = [[] for _ in commands]
+    uses: list[list[Use]] = [[] for _ in commands]
     for _ in range(rounds):
         for found, command, line in zip(uses, commands, expected or [""] * len(commands)):
             found.append(use_of(command, folder, line))
@@ -545,7 +529,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the big CSV")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args()
-    found: List[Union[Figure, Table]] = []
+    found: list[Any] = []
     for name in options.only or PARTS:
         progress(name)
         found += PARTS[name](options.rows)
