@@ -8240,8 +8240,6 @@ class Console:
         # Whether a terminal knows escape sequences, and a line can be rewritten in place.
         self.is_smart = os.environ.get("TERM") != "dumb"
         self.rewrites = self.err.isatty() and self.is_smart
-        # Points from the duplicate to the primary, in the characters that the output can show.
-        self.arrow = "\u2190" if "\u2190".encode(self.out.encoding or "ascii", "ignore") else "<-"
 
     def begin(self) -> None:
         """From now on write beside the work."""
@@ -8271,18 +8269,17 @@ class Console:
         text: str = "",
         style: str = "",
         to: TextIO | None = None,
-        indent: int = 0,
     ) -> None:
         """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing.
 
-        What is wrapped is indented by so many columns, or by two more than the line itself.
+        What is wrapped is indented by two columns more than the line itself.
         """
         stream = to or self.out
         text = self.sanitize(text)
         lines = [text]
         width = self.columns(stream)
         if len(text) > width:
-            blanks = " " * (indent or len(text) - len(text.lstrip()) + 2)
+            blanks = " " * (len(text) - len(text.lstrip()) + 2)
             lines = textwrap.wrap(text, width, subsequent_indent=blanks, break_on_hyphens=False)
         if style and stream.isatty() and self.is_smart and "NO_COLOR" not in os.environ:
             lines = [f"\x1b[{self.COLOURS[style]}m{line}\x1b[0m" for line in lines]
@@ -8521,15 +8518,14 @@ def _skip_lists(plan: Plan) -> Iterator[tuple[str, list[str]]]:
 
 def _show_pairs(plan: Plan, console: Console) -> None:
     """Print the pairs as a table; a row that does not fit the terminal on two lines."""
-    arrow = console.arrow
     rows: list[tuple[str, ...]] = [
-        ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
+        ("EMAIL", "PRIMARY", "TICKETS", "<-", "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
     ]
     for pair in plan.new_pairs():
         moves = "moves" if pair.new_ref else "unchanged"
         primary, duplicate = pair.primary, pair.duplicate
         cells = (
-            pair.email, _ids(primary), str(primary.tickets), arrow, _ids(duplicate),
+            pair.email, _ids(primary), str(primary.tickets), "<-", _ids(duplicate),
             str(duplicate.tickets), moves, names_of(pair),
         )  # fmt: skip
         rows.append(tuple(map(console.sanitize, cells)))
@@ -9495,7 +9491,7 @@ async def confirm(
         raise FatalError(EXIT_USAGE, f"{words}. Add --yes to {word} without being asked")
     to = console.out if console.out.isatty() else console.err  # what the user sees
     for name, fact in facts:
-        console.print(f"{name:<12}  {fact}", to=to, indent=14)
+        console.print(f"{name:<12}  {fact}", to=to)
     console.print(warning, "bold", to)
     console.stream(f"Type {word} to continue, anything else to cancel: ", to)
     # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
@@ -9584,7 +9580,7 @@ class Progress:
         if self.run.options.preview:
             return
         console = self.run.console
-        what = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
+        what = f"{pair.email}: {into(pair)}"
         why = f"{what}: {pair.code}: {pair.error}"
         facts = progress_of(pair)
         style = ""

@@ -67,7 +67,7 @@ class Workplace:
         kept["DEVREV_RATE_LIMIT_CALLS"] = "0"
         return {**kept, **(sandbox.environment() if sandbox else {}), **extra}
 
-    def command(self, *options: str, python: Sequence[str] = ()) -> List[str]:
+    def command(self, options: Sequence[str], python: Sequence[str]) -> List[str]:
         """The command line, with `--yes` where it merges or undoes: there is no terminal."""
         program = [*python, str(SCRIPT)] if python else PROGRAM
         names_files = any(option.partition("=")[0] in ("--csv", "--export") for option in options)
@@ -79,7 +79,7 @@ class Workplace:
         self, sandbox: Optional[Sandbox], *options: str, python: Sequence[str] = (), **extra: str
     ) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            self.command(*options, python=python),
+            self.command(options, python),
             cwd=str(self.folder),
             env=self.environment(sandbox, extra),
             stdin=subprocess.DEVNULL,
@@ -99,7 +99,7 @@ class Workplace:
     ) -> Result:
         """Run the script to its end; `check` is the exit code that is expected."""
         before = list((self.folder / "reports").glob("*.json"))
-        command = self.command(*options, python=python)
+        command = self.command(options, python)
         if self.forks and command[0] == sys.executable and len(python) != 1 and can_fork(extra):
             environment = self.environment(sandbox, extra)
             code, out, err, late = run_forked(command[1:], str(self.folder), environment, timeout)
