@@ -103,6 +103,13 @@ def test_without_timelines_the_manifest_says_so(scene: Scene) -> None:
     assert scene.count("timeline-entries.list") == 0
 
 
+def test_a_token_that_is_not_accepted_changes_nothing(scene: Scene) -> None:
+    scene.pair(1)
+    scene.fault("401", "dev-users.self")
+    run = scene.merge()
+    assert run.code == 2 and "DEVREV_API_TOKEN" in run.refusal and len(run.requests) == 1
+
+
 def test_settling_a_merge_that_devrev_has_accepted_asks_first(scene: Scene) -> None:
     scene.pair(1)
     scene.fault("merge-never", "rev-users.merge")
