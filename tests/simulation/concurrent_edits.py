@@ -55,8 +55,6 @@ class ConcurrentEdits:
         found = self.organisation.works.find([("anyone", [one["id"]])]) if one else []
         return str(self.chance.choice(found)["id"]) if found else None
 
-    # ----- contacts -------------------------------------------------------------------------------
-
     def _change(self, one: Thing, **fields: Any) -> str:
         self.organisation.change(one, **fields)
         shown = ", ".join(f"{field} {value}" for field, value in fields.items())
@@ -115,8 +113,6 @@ class ConcurrentEdits:
     def ticket(self, one: Thing) -> str:
         work = self.organisation.add_work(owned_by=[one["id"]])
         return f"open {short(work)} for {short(one['id'])}"
-
-    # ----- works ----------------------------------------------------------------------------------
 
     def comment(self, work: str) -> str:
         self.organisation.add_comment(work, f"later {next(self.numbers)}")

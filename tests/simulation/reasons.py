@@ -44,8 +44,6 @@ class ReasonChecker:
         self.organisation = checker.organisation
         self.trouble: Set[str] = set()
 
-    # ----- what DevRev shows ----------------------------------------------------------------------
-
     def shows_verified(self, ids: Ids) -> bool:
         """Whether answers or lists tell for sure which of the two is verified."""
         world, numbers = self.checker.fake_devrev, self.organisation.contacts.numbers
@@ -77,8 +75,6 @@ class ReasonChecker:
             table = table_of(self.organisation, object_id)
             for thing in versions(table, object_id, -1e9):
                 self.trouble.update(one["id"] for one in people_of(thing))
-
-    # ----- a scenario ends ------------------------------------------------------------------------
 
     def judge(self, rows: Mapping[Ids, Mapping[str, Any]], stuck: Set[str]) -> None:
         checker = self.checker
@@ -150,8 +146,6 @@ class ReasonChecker:
                 if not had and reference not in named and not is_held:
                     invariant = "no reference is left on no contact that no report names"
                     broken(invariant, f"{reference} of {name_of(ids)}")
-
-    # ----- reasons --------------------------------------------------------------------------------
 
     def is_true(
         self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]

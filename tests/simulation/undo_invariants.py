@@ -101,8 +101,6 @@ class UndoChecker:
             contact = created[contact]
         return contact
 
-    # ----- requests -------------------------------------------------------------------------------
-
     def may_finish(self, sent: Sent) -> bool:
         """Whether a request may leave after a stop: no reference must be left on no contact."""
         if not self.active or not sent.endpoint.startswith("rev-users."):
@@ -211,8 +209,6 @@ class UndoChecker:
             if is_lost and not self.checker.lies:
                 broken(LOST, f"{field} of {short(primary)} becomes {sent.body[field]!r}")
 
-    # ----- what DevRev carries out ----------------------------------------------------------------
-
     def heard(self, stage: str, request: Request) -> None:
         """DevRev carries a request out: `before` and `after`."""
         if request.endpoint == "rev-users.create":
@@ -275,8 +271,6 @@ class UndoChecker:
                 if not any(held(one, role, person) for one in been):
                     broken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
 
-    # ----- what a run has left --------------------------------------------------------------------
-
     def after_run(
         self, rows: Mapping[Ids, Mapping[str, Any]], path: Path, code: Optional[int], needed: bool
     ) -> None:
@@ -338,8 +332,6 @@ class UndoChecker:
         world = self.checker.fake_devrev
         hidden = (*world.restricted, *world.restricted_writes)
         return kind_of(identity) in ("ticket", "issue", "conversation") and identity not in hidden
-
-    # ----- a scenario ends ------------------------------------------------------------------------
 
     def after_life(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         named: DefaultDict[str, List[str]] = defaultdict(list)  # reference -> codes
