@@ -15,6 +15,7 @@ from tests.simulation.expected import (
     STOPPING,
     TERMINAL,
     Ids,
+    email_key,
     entries_of,
     holders,
     in_backup,
@@ -248,12 +249,16 @@ class ReasonChecker:
         return not self.organisation.alive(contact) and form in ("locked", "stale", "404-route")
 
     def _cannot_be_told(self, ids: Ids) -> bool:
-        """Return whether neither polls nor lists tell of a merged duplicate: not all was moved."""
+        """Return whether neither polls nor lists tell of a merged duplicate: not all was moved, or
+        the list of its email does not show the primary, which has another one now."""
         world = self.checker.fake_devrev
         form = world.gone_of.get(ids[1], world.gone)
         odd = not self.organisation.alive(ids[1]) and form in world.ODD
         is_listed = world.stays not in ("", "no-email", "bare")
-        return odd and (is_listed or self.checker.leaves_behind(ids))
+        known = [row for one in self.checker.known[ids] for row in (one.primary, one.duplicate)]
+        email = email_key(str(self.organisation.contacts.get(ids[0], {}).get("email")))
+        is_apart = email not in {row.key for row in known}
+        return odd and (is_listed or is_apart or self.checker.leaves_behind(ids))
 
     def _is_too_small(self) -> bool:
         """Return whether the quota lets too little through for lists to be fresh at their merge."""
