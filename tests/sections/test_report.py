@@ -14,7 +14,7 @@ import merge_contacts as tool
 from merge_contacts import ADVICE, STATE_WORDS, TERMINAL, UNFINISHED, Contact, Pair, State
 from tests.sections.test_savepoint import pair_of
 from tests.simulation.scene import Scene
-from tests.support import ROOT, Workplace
+from tests.support import ROOT
 
 EARLIER, NOW = "20250101_000000", "20250131_120000"
 QUICK = ("--merge-timeout", "2")
@@ -234,19 +234,6 @@ def test_the_headline_says_what_a_run_has_come_to(
 ) -> None:
     summary = {**dict.fromkeys(tool.SUMMARY, 0), **counts}
     assert tool.headline(summary, tool.RunRecord(kind=kind)) == words
-
-
-def test_no_more_than_a_thousand_invalid_rows_are_listed_and_all_are_counted(
-    place: Workplace,
-) -> None:
-    good = "don:identity:dvrv-us-1:devo/A:revu/{},A,a@example.com,{},A,1,2023-01-01,\n"
-    lines = [good.format(1, "REVU-1"), good.format(2, "user_1"), "1,2,3\n" * 5000]
-    place.csv.write_text(f"{','.join(tool.COLUMNS.values())}\n{''.join(lines)}", encoding="utf-8")
-    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
-    assert 100 < len(plan["invalid_rows"]) <= 1000 and plan["summary"]["invalid_rows"] == 5000
-    out = place.run(None, "--preview", check=0).out
-    assert len(out.splitlines()) < 50 and "5,000 invalid rows" in out
-    assert max(path.stat().st_size for path in place.folder.glob("logs/*")) < 200_000
 
 
 # -- settling -----------------------------------------------------------------------------------
