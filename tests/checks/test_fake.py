@@ -288,15 +288,6 @@ def test_what_a_merge_request_is_told_and_what_becomes_of_it(
     assert played.organisation.merges == done
 
 
-def test_a_merge_may_leave_something_behind(played: Played) -> None:
-    played.world.faults = [Fault("merge-leaves")]
-    find = played.organisation.works.find
-    works = find([("anyone", [played.duplicate])])
-    played.merge()
-    played.world.settle()
-    assert find([("anyone", [played.duplicate])]) == works[:1]
-
-
 def test_a_merge_may_be_refused_while_it_or_another_is_pending(played: Played) -> None:
     primary, duplicate = pair(played.organisation, 2)
     other = {"primary_user": primary, "secondary_user": duplicate}
@@ -320,13 +311,6 @@ def test_a_merge_moves_works_and_joins_what_has_several_values(played: Played) -
     organisation.merge(played.primary, other)
     assert contact["phone_numbers"] == ["+49301", "+49302"] and "tags" not in contact
     assert {organisation.works[one]["owned_by"][0]["id"] for one in works} == {played.primary}
-
-
-def test_something_may_put_a_reference_back(played: Played) -> None:
-    played.world.puts_back = 1
-    for expected in ("REVU-P1", "x"):
-        played.told(UPDATE, id="P", external_ref="x")
-        assert played.told(GET, id="P") == f"200 P active {expected}"
 
 
 def test_the_application_makes_a_contact_where_none_holds_the_reference(played: Played) -> None:
@@ -412,14 +396,6 @@ def test_pages_continue_where_they_were_while_objects_come_and_go(played: Played
     content = played.ask(LIST, limit=2)[1]
     played.organisation.delete_contact(played.primary)
     assert played.told(LIST, cursor=content["next_cursor"]) == "200 A B C"
-
-
-def test_a_list_without_an_end_brings_nothing_new(played: Played) -> None:
-    played.world.faults = [Fault("endless")]
-    first = played.ask(LIST)[1]
-    second = played.ask(LIST, cursor=first["next_cursor"])[1]
-    assert first["rev_users"] == second["rev_users"]
-    assert first["next_cursor"] != second["next_cursor"]
 
 
 # -- quota -----------------------------------------------------------------------------------------
