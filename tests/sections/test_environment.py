@@ -1,4 +1,4 @@
-"""The machine: whom the tool trusts on it, what it writes and in which order, what it sends where."""
+"""The machine: whom the tool trusts on it, what it writes in which order, what it sends where."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ import pytest
 import requests
 
 import merge_contacts as tool
-from tests.process.test_machines import machine
+from tests.process.test_machines import machine, serving
 from tests.sandbox import Sandbox
 from tests.support import SCRIPT, Workplace, assert_merged, organisation_of_pairs
 
@@ -195,18 +195,16 @@ def test_an_env_file_of_a_stranger_is_refused(
 
 @posix
 def test_nothing_is_written_through_a_link(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
     victim = place.folder / "victim"
     victim.write_text("mine", encoding="utf-8")
     for name in ("logs", "reports", "backups"):
         (place.folder / name).mkdir(mode=0o700)
-    with Sandbox(organisation) as sandbox:
+    with serving(place) as (sandbox, pairs):
         process = place.start(sandbox, python=LINKS)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
     assert victim.read_text(encoding="utf-8") == "mine"
-    assert_merged(organisation, pairs)
+    assert_merged(sandbox.organisation, pairs)
     for link in ("savepoint.db", "backups/savepoint-copy.db"):
         path = place.folder / link
         path.unlink()
@@ -243,12 +241,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_folders_that_others_may_write_are_closed_with_one_line(
     place: Workplace, name: str, mode: int, after: int
 ) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
     place.folder.chmod(0o777)
     (place.folder / name).mkdir()
     (place.folder / name).chmod(mode)
-    with Sandbox(organisation) as sandbox:
+    with serving(place) as (sandbox, _):
         result = place.run(sandbox, check=0)
     assert (place.folder / name).stat().st_mode & 0o777 == after
     said = result.err.count(f"others could write to {name}; it is open to you alone now")
@@ -258,15 +254,13 @@ def test_folders_that_others_may_write_are_closed_with_one_line(
 
 @posix
 def test_backups_that_are_a_link_to_a_larger_disk_are_used_as_they_are(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
     disk = place.folder / "disk"
     disk.mkdir()
     disk.chmod(0o775)
     (place.folder / "backups").symlink_to(disk)
-    with Sandbox(organisation) as sandbox:
+    with serving(place) as (sandbox, pairs):
         assert "warning" not in place.run(sandbox, check=0).err
-    assert_merged(organisation, pairs)
+    assert_merged(sandbox.organisation, pairs)
     assert disk.stat().st_mode & 0o777 == 0o775 and list(disk.glob("*/*/manifest.json"))
 
 
@@ -296,14 +290,12 @@ def test_where_modes_do_not_stick_one_warning_says_so(
 
 @pytest.mark.parametrize("name", ["backups", "logs", "reports"])
 def test_a_file_where_a_folder_is_needed_is_named_in_one_line(place: Workplace, name: str) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
     (place.folder / name).touch()
-    with Sandbox(organisation) as sandbox:
+    with serving(place) as (sandbox, _):
         result = place.run(sandbox, check=3)
         (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
         assert name in line and "File exists" in line
-        assert organisation.merges == []
+        assert sandbox.organisation.merges == []
 
 
 def test_calls_in_the_same_second_have_a_log_each(folder: Path) -> None:
@@ -513,9 +505,7 @@ def lost_in_a_power_cut(events: List[List[str]]) -> Dict[str, Set[str]]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_a_power_cut_loses_no_backup_of_a_requested_merge_and_no_report(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
+    with serving(place) as (sandbox, pairs):
         place.run(sandbox, check=0, **machine(place.folder / "site", RECORDER))
     lines = (place.folder / "events.txt").read_text(encoding="utf-8").splitlines()
     moments = lost_in_a_power_cut([line.split(" | ") for line in lines])
