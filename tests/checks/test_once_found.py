@@ -50,19 +50,6 @@ def test_a_cancelled_pair_whose_primary_was_merged_onward_stays_cancelled(scene:
     assert scene.reference(other) == "REVU-Z"
 
 
-def test_a_savepoint_of_another_organisation_has_no_say(scene: Scene) -> None:
-    """Seed 50401: a cancelled pair, and the same addresses from another organisation."""
-    _, duplicate = scene.pair(1)
-    scene.fault("merge-never")
-    scene.merge(*QUICK)
-    scene.settle("person1@example.com")
-    rows = scene.export_rows()
-    scene.write_csv(row._replace(id=row.id.replace("SANDBOX1", "OTHER")) for row in rows)
-    run = scene.merge()
-    assert run.code == 2
-    assert run.rows[duplicate]["state"] == "cancelled"
-
-
 def test_a_merge_that_is_requested_again_and_one_that_waits_to_be_alone_do_not_wait_for_each_other(
     scene: Scene,
 ) -> None:
@@ -83,16 +70,6 @@ def test_a_token_that_is_revoked_while_devrev_fails_stops_the_run_at_once(scene:
 
     scene.before("dev-users.self", revoke, 2)
     assert scene.merge("--merge-timeout", "20").code == 3
-
-
-def test_a_merged_contact_that_stays_archived_delays_no_reference(scene: Scene) -> None:
-    """Seed 96 of a later simulation: the lists that prove the merge lingered for ten seconds."""
-    primary, duplicate = scene.pair(1, (2, 3), talk=False)
-    scene.world.stays, scene.world.gone = "archived", "stays"
-    assert scene.merge().code == 0
-    merged = scene.organisation.merge_times[duplicate]
-    moved = [at for at, ref in scene.organisation.reference_times[primary] if ref == "user_1"]
-    assert moved[0] - merged < 3
 
 
 def test_a_contact_that_is_locked_while_lists_lag_is_not_requested_again(scene: Scene) -> None:

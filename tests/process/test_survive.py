@@ -16,7 +16,6 @@ import pytest
 from tests.sandbox import Fault, Organisation, Request, Sandbox
 from tests.support import (
     ROOT,
-    SCRIPT,
     Workplace,
     assert_merged,
     diagonal,
@@ -25,10 +24,8 @@ from tests.support import (
 )
 
 GONE = ("404", "301", "state", "primary")
-STAGES = ("before", "after")
-TURN = SCRIPT.stat().st_size % 2  # so that sweeps leave something else out after most changes
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals, permissions or mounts")
-killer = [sys.executable, str(ROOT / "tests" / "process" / "killer.py")]
+KILLER = [sys.executable, str(ROOT / "tests" / "process" / "killer.py")]
 
 
 def small_organisation() -> Tuple[Organisation, List[Tuple[str, str]]]:
@@ -36,52 +33,42 @@ def small_organisation() -> Tuple[Organisation, List[Tuple[str, str]]]:
     organisation, pairs = organisation_of_pairs(2, (2, 1))
     extra = organisation.add_contact("E2", "person2@example.com")
     organisation.add_work(reported_by=[extra], comments=1)
-    organisation.add_contact("S1", "single@example.com")
     return organisation, [*pairs, (pairs[1][0], extra)]
 
 
-def kill_at(
-    sandbox: Sandbox, folder: Path, number: int, stage: str, process: List[Any]
-) -> List[Any]:
-    """Kill the client when request `number` arrives, which is not acted on, or after it was."""
-    findings = watch_merges(sandbox, folder)
-    watch = sandbox.on_request
+def survive(folder: Path, kind: str, number: int, stage: str, gone: str) -> bool:
+    """Kill a run at a request (before it is acted on, or after) or a durable write, and finish it.
 
-    def hook(at: str, request: Request) -> None:
-        watch(at, request)
-        if request.number == number and at == stage and process:
-            if at == "before":
-                sandbox.faults.insert(
-                    0, Fault("reset-before", match=lambda body: body is request.body)
-                )
-            process[0].kill()
-            process[0].wait()
-
-    sandbox.on_request = hook
-    return findings
-
-
-def survive_kill_at_request(folder: Path, number: int, stage: str, gone: str) -> bool:
-    """One kill and the runs that follow; returns whether the run got as far as that request."""
+    Return whether the run got as far.
+    """
+    folder.mkdir(exist_ok=True)
     place = Workplace(folder)
     organisation, pairs = small_organisation()
     place.export(organisation)
+    processes: List[Any] = []
     with Sandbox(organisation, merge_delay=0.1, gone=gone) as sandbox:
-        process: List[Any] = []
-        findings = kill_at(sandbox, folder, number, stage, process)
-        process.append(place.start(sandbox, "--merge-timeout", "8"))
-        process[0].communicate(timeout=60)
-        killed = process[0].returncode == -signal.SIGKILL
+        findings = watch_merges(sandbox, folder)
+        watch = sandbox.on_request
+
+        def kill(at: str, request: Request) -> None:
+            watch(at, request)
+            if kind == "request" and (request.number, at) == (number, stage) and processes:
+                if at == "before":
+                    lost = Fault("reset-before", match=lambda body: body is request.body)
+                    sandbox.faults.insert(0, lost)
+                processes[0].kill()
+                processes[0].wait()
+
+        sandbox.on_request = kill
+        python = [*KILLER, str(number), stage] if kind == "write" else []
+        processes.append(place.start(sandbox, "--merge-timeout", "8", python=python))
+        processes[0].communicate(timeout=60)
         sandbox.faults.clear()
-        process.clear()
+        sandbox.on_request = watch
         place.run(sandbox, "--merge-timeout", "8", check=0)
     assert_merged(organisation, pairs)
-    assert findings and set(findings) == {None}
-    assert (
-        organisation.contacts["don:identity:dvrv-us-1:devo/SANDBOX1:revu/S1"]["external_ref"]
-        == "REVU-S1"
-    )
-    return killed
+    assert set(findings) == {None}
+    return processes[0].returncode == -signal.SIGKILL
 
 
 @posix
@@ -90,40 +77,10 @@ def survive_kill_at_request(folder: Path, number: int, stage: str, gone: str) ->
 def test_a_run_killed_at_any_request_is_finished_by_the_next(tmp_path: Path, part: int) -> None:
     """All requests; before and after take turns. (Every step of a life: tests/simulate.py.)"""
     number = 1 + part
-    while survive_kill_at_request(
-        _made(tmp_path / str(number)), number, STAGES[(number + TURN) % 2], GONE[part]
-    ):
+    stages = "before", "after"
+    while survive(tmp_path / str(number), "request", number, stages[number % 2], GONE[part]):
         number += 4
     assert number > 20
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-@posix
-@pytest.mark.parametrize(
-    "number, stage, gone",
-    [(5, "after", "301"), (18, "before", "primary"), (20, "after", "404"), (22, "before", "state")],
-)
-def test_a_run_killed_at_some_requests_is_finished_by_the_next(
-    tmp_path: Path, number: int, stage: str, gone: str
-) -> None:
-    assert survive_kill_at_request(tmp_path, number, stage, gone)
-
-
-def survive_kill_at_write(folder: Path, number: int, stage: str, gone: str) -> bool:
-    place = Workplace(folder)
-    organisation, pairs = small_organisation()
-    place.export(organisation)
-    with Sandbox(organisation, merge_delay=0.05, gone=gone) as sandbox:
-        findings = watch_merges(sandbox, folder)
-        first = place.run(sandbox, "--merge-timeout", "8", python=[*killer, str(number), stage])
-        place.run(sandbox, "--merge-timeout", "8", check=0)
-    assert_merged(organisation, pairs)
-    assert set(findings) == {None}
-    return first.code == -signal.SIGKILL
 
 
 @posix
@@ -132,23 +89,29 @@ def survive_kill_at_write(folder: Path, number: int, stage: str, gone: str) -> b
 def test_a_run_killed_at_any_durable_write_is_finished_by_the_next(
     tmp_path: Path, part: int
 ) -> None:
-    """Every other write, with TURN the others; before and after take turns."""
-    number = 1 + TURN + 2 * part
-    while survive_kill_at_write(
-        _made(tmp_path / str(number)), number, STAGES[number // 8 % 2], GONE[part]
-    ):
+    """Every other write; before and after take turns."""
+    number = 1 + 2 * part
+    stages = "before", "after"
+    while survive(tmp_path / str(number), "write", number, stages[number // 8 % 2], GONE[part]):
         number += 8
     assert number > 50
 
 
 @posix
-@pytest.mark.parametrize("number", [42, 45, 50])
-def test_a_run_killed_at_some_durable_writes_is_finished_by_the_next(
-    tmp_path: Path, number: int
+@pytest.mark.parametrize(
+    "kind, number, stage, gone",
+    [
+        ("request", 18, "before", "primary"),
+        ("request", 20, "after", "404"),
+        ("request", 22, "before", "state"),
+        ("write", 42, "before", "404"),
+        ("write", 45, "after", "301"),
+    ],
+)
+def test_a_run_killed_at_some_steps_is_finished_by_the_next(
+    tmp_path: Path, kind: str, number: int, stage: str, gone: str
 ) -> None:
-    assert survive_kill_at_write(
-        tmp_path, number, ("before", "after")[number % 2], GONE[number % 4]
-    )
+    assert survive(tmp_path, kind, number, stage, gone)
 
 
 # -- interrupted politely --------------------------------------------------------------------------
@@ -199,21 +162,6 @@ def test_a_second_interruption_stops_at_once(place: Workplace) -> None:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=5)
         assert process.returncode == 130
-
-
-def with_hooked_replace(place: Workplace, hook: str) -> List[str]:
-    """A Python that runs the script with `hooked(source, target)` for os.replace."""
-    wrapper = place.folder / "wrapper.py"
-    wrapper.write_text(
-        "import os, runpy, signal, sys\n"
-        "replace = os.replace\n"
-        f"{hook}"
-        "os.replace = hooked\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_module('merge_contacts', run_name='__main__', alter_sys=True)\n",
-        encoding="utf-8",
-    )
-    return [sys.executable, str(wrapper)]
 
 
 # -- answers gone wrong ----------------------------------------------------------------------------
@@ -423,17 +371,22 @@ def test_a_damaged_backup_is_never_merged_on(place: Workplace) -> None:
     """The check reads the disk: what is damaged between writing and reading is seen."""
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    spoiler = with_hooked_replace(
-        place,
+    spoiler = place.folder / "spoiler.py"
+    spoiler.write_text(
+        "import os, runpy, sys\n"
+        "replace = os.replace\n"
         "def hooked(source, target):\n"
         "    replace(source, target)\n"
         "    works = os.path.join(target, 'primary_REVU-P1', 'works.json')\n"
         "    if os.path.exists(works):\n"
         "        with open(works, 'r+b') as file:\n"
-        "            file.write(b'[ ')\n",
+        "            file.write(b'[ ')\n"
+        "os.replace = hooked\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_module('merge_contacts', run_name='__main__', alter_sys=True)\n"
     )
     with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, python=spoiler, check=1)
+        result = place.run(sandbox, python=[sys.executable, str(spoiler)], check=1)
         assert result.codes == {"person1@example.com": "backup_failed"}
         assert organisation.merges == []
         assert re.search(r"works\.json", result.out)

@@ -22,14 +22,6 @@ def works_of(organisation: Organisation, contact: str) -> list[str]:
     return sorted(one["id"] for one in organisation.works.find([("reported_by", [contact])]))
 
 
-def give_all(organisation: Organisation, giver: str, taker: str) -> None:
-    """Give what a contact reported and takes part in to another, one by one."""
-    for identity in works_of(organisation, giver):
-        organisation.give(identity, "reported_by", [taker])
-    for talk in organisation.conversations.find([("members", [giver])]):
-        organisation.give(talk["id"], "members", [taker])
-
-
 # -- what a merge leaves behind --------------------------------------------------------------------
 
 HUSKS = ("locked", "shadow", "archived", "no-email", "no-reference", "bare", "own-reference")
