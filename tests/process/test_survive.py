@@ -195,7 +195,11 @@ def test_every_pair_is_merged_once_with_twelve_percent_of_all_answers_gone_wrong
             fault.match = lambda body: "secondary_user" not in body
     with Sandbox(organisation, faults=faults, seed=seed, gone=gone, merge_delay=0.1) as sandbox:
         findings = watch_merges(sandbox, place.folder)
-        place.run(sandbox, "--merge-timeout", "20", timeout=150, check=0, DEVREV_TIMEOUT="1")
+        for _ in range(4):  # a last poll without a usable answer leaves a pair to the next run
+            run = place.run(sandbox, "--merge-timeout", "20", timeout=150, DEVREV_TIMEOUT="1")
+            if run.code == 0:
+                break
+        assert run.code == 0
         assert set(findings) == {None}
         assert len([one for one in sandbox.requests if one.fault]) > 0.05 * len(sandbox.requests)
     assert_merged(organisation, pairs)
