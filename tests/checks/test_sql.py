@@ -1,4 +1,4 @@
-"""The README's query, run over a small warehouse: what it exports is what the tool takes, and it counts as the tool counts."""
+"""The README's query, run over a small warehouse: it exports and counts what the tool does."""
 
 import csv
 import datetime
@@ -47,7 +47,7 @@ def query() -> str:
 
 @pytest.fixture
 def organisation() -> Organisation:
-    """Pairs whose counts come from each of the three roles, and contacts that the export has to leave out."""
+    """Pairs whose counts come from each of the three roles, and contacts to be left out."""
     made = Organisation()
     dev = made.dev_user["id"]
 
@@ -103,7 +103,7 @@ def users_table(organisation: Organisation) -> Table:
 
 
 def works_table(organisation: Organisation) -> Table:
-    """A row for each combination of owner and reporter, as lists are flattened; and works that are none of the tool's."""
+    """A row for each combination of owner and reporter, and works that are none of the tool's."""
     rows = []
     for work in organisation.works.values():
         for owner in work["owned_by"] or [None]:

@@ -595,7 +595,8 @@ def test_the_split_into_files_makes_no_difference(
 
 CHANGES = (
     ("", ""), ("a", "\u0430"), ("k", "\u212a"), ("ss", "\u00df"), ("fi", "\ufb01"),
-    ("", ""), ("a", "\u0430"), ("k", "\u212a"), ("ss", "\u00df"), ("fi", "\ufb01"),
+    ("e", "e\u0301"), ("e", "\u00c9"), ("a", "\uff41"), ("i", "\u0130"), ("s", "\u017f"),
+    ("@", "\uff20"),
     (".", "\u3002"), ("a", "a\u00ad"), ("a", "A"), ("e", "E"),
 )  # fmt: skip
 FRAMES = ("{}", " {}\t", "\u00a0{}", "{}\u200b", "\ufeff{}", "x{}")
