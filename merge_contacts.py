@@ -1679,9 +1679,10 @@ class Group:
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as a merge is known to have moved one to
         it."""
-        first = self.pairs[0]
-        if first.state in (State.VERIFYING, State.DONE) or first.is_merged_already():
-            return first.new_ref or self.primary.external_ref
+        for pair in self.pairs:
+            has_moved = pair.state in (State.VERIFYING, State.DONE) or pair.is_merged_already()
+            if pair.new_ref and has_moved:
+                return pair.new_ref
         return self.primary.external_ref
 
     def has_ended(self) -> bool:
