@@ -6260,10 +6260,14 @@ class ContactExporter:
 
 
 def check_free(path: Path) -> None:
-    """Refuse a name that is taken, but for an empty file, which a killed export leaves.
+    """Refuse a name in no folder, and one that is taken, but for an empty file, which a killed
+    export leaves.
 
     Raises FatalError(2).
     """
+    if not path.parent.is_dir():
+        words = f"{path} can't be written: there is no folder {path.parent}"
+        raise FatalError(EXIT_USAGE, words)
     is_left = path.is_file() and not path.is_symlink() and path.stat().st_size == 0
     if os.path.lexists(str(path)) and not is_left:
         words = f"{path} already exists and was not changed"
@@ -6281,17 +6285,17 @@ def write_new_file(
     Raises FatalError(2) where another file has the name, OSError where the disk fails; then nothing
     is left.
     """
+    check_free(path)
     aside = path.with_name(f".{path.name[:80]}.{os.getpid()}")
     try:
         aside.unlink(missing_ok=True)
         environment.create_file(aside, chunks)
-        check_free(path)
-        path.unlink(missing_ok=True)  # the empty one
         try:
             os.link(str(aside), str(path))
         except OSError:
             check_free(path)
-            path.touch(mode=0o600, exist_ok=False)
+            if not path.exists():
+                path.touch(mode=0o600, exist_ok=False)
             environment.rename_into_place(aside, path)
         environment.fsync_dir(path.parent)
     finally:
@@ -10076,6 +10080,8 @@ async def check_disk(_run: RunContext) -> str:
             check_owner(path)
         if path.exists() and not os.access(str(path), os.W_OK):
             raise OSError(f"{path} can't be written; make it writable")
+        if path in (LOGS, BACKUPS, REPORTS) and path.exists() and not path.is_dir():
+            raise OSError(f"{path} is no folder, and one is needed; move it away")
     return "what a run writes can be written"
 
 

@@ -254,6 +254,13 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(scene: Scene, 
     assert run.out.splitlines()[-1] == ("not ready: 1 problem" if fault else "ready")
 
 
+def test_check_names_a_file_where_a_run_needs_a_folder(scene: Scene) -> None:
+    scene.pair(1)
+    Path("reports").write_text("", encoding="utf-8")
+    run = scene.run("--check")
+    assert run.code == 2 and "FAILED  disk: reports is no folder" in run.out
+
+
 def test_status_tells_what_the_savepoint_knows(scene: Scene) -> None:
     pairs = scene.pairs(3)
     assert "no run has used this folder yet" in scene.run("--status").out
