@@ -684,8 +684,11 @@ class InvariantChecker:
             broken(invariant, f"{', '.join(sorted(sent.body))} of {short(primary)}")
         contacts = [self.organisation.contacts.get(one) or {} for ids in mine for one in ids]
         for ids in mine:
-            been = versions(self.organisation.contacts, ids[0], NEVER)
-            contacts += [one for one in been if one]
+            # The check of a merge may be older than the last edit of the duplicate.
+            since = self.asks[ids][-1].at - FRESH - self.lag - JITTER if self.asks[ids] else NEVER
+            for one, at in zip(ids, (NEVER, since)):
+                been = versions(self.organisation.contacts, one, at)
+                contacts += [was for was in been if was]
         lately = self.lately(primary)
         for field in sorted(set(sent.body) - {"id", "external_ref"}):
             value = sent.body[field]

@@ -215,9 +215,15 @@ class ReasonChecker:
         email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
         chosen = email in self.checker.choices
         rows = [row for row in self.checker.rows if row.key == email and row.takes_part]
-        spellings = sorted({row.email for row in self.checker.rows if row.key == email})
-        listed = self.organisation.contacts.find([("email", spellings)])
-        found = [one for one in listed if takes_part(one["external_ref"])]
+        spellings = {row.email for row in self.checker.rows if row.key == email}
+        in_any_case = self.checker.fake_devrev.email_ignores_case
+        found = [
+            one
+            for one in self.organisation.contacts.values()
+            if takes_part(one["external_ref"])
+            and (one.get("email") in spellings or in_any_case)
+            and email_key(str(one.get("email"))) == email
+        ]
         return chosen or len(found) > min(len(rows), most_contacts(email) if email else 0)
 
     def _has_unverified(self, ids: Ids, group: Set[str]) -> bool:
@@ -255,6 +261,8 @@ class ReasonChecker:
         form = world.gone_of.get(ids[1], world.gone)
         odd = not self.organisation.alive(ids[1]) and form in world.ODD
         is_listed = world.stays not in ("", "no-email", "bare")
+        if world.stays == "no-email":  # it is still listed for its reference
+            is_listed = not self.objects_tell(ids, self.checker.latest[ids])
         known = [row for one in self.checker.known[ids] for row in (one.primary, one.duplicate)]
         email = email_key(str(self.organisation.contacts.get(ids[0], {}).get("email")))
         is_apart = email not in {row.key for row in known}

@@ -375,6 +375,8 @@ class UndoChecker:
         if code == "email_changed":
             return primary is not None and email_key(primary["email"]) != entry["email"]
         world = self.checker.fake_devrev
+        if code == "stale":  # a read and the write that rests on it do not fit into a window
+            return world.quota is not None and world.quota.limit < 2
         if code in ("external_ref_conflict", "contact_refused", "contact_not_confirmed") or (
             code == "forbidden" and world.refused_fields
         ):
