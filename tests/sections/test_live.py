@@ -143,13 +143,6 @@ def test_devrev_is_asked_with_the_spelling_of_its_own_answers(
     assert not scene.organisation.merges and run.codes == {"ada@example.com": "shared_mailbox"}
 
 
-def test_where_the_spelling_is_the_same_no_request_is_added(scene: Scene) -> None:
-    scene.pairs(3)
-    scene.world.verified_shown = "shown"
-    lists = [one for one in scene.merge().requests if one.endpoint == "rev-users.list"]
-    assert len(lists) == 2, "one for the live check, one for the verification"
-
-
 def test_a_reference_that_ends_in_a_blank_is_compared_without_it(scene: Scene) -> None:
     primary, duplicate = scene.pair(1)
     scene.organisation.change(scene.organisation.contacts[duplicate], external_ref="user_1 ")
