@@ -64,6 +64,18 @@ def test_what_both_contacts_had_proves_nothing(scene: Scene) -> None:
     assert scene.count("rev-users.update") == 0 and scene.holder("user_1") == duplicate
 
 
+def test_one_object_of_two_proves_nothing(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1, (0, 2), talk=False)
+    scene.world.merge_delay = 9e9
+
+    def look_merged(devrev: Organisation) -> None:
+        devrev.give(works_of(devrev, duplicate)[0], "reported_by", [primary])
+        devrev.change(devrev.contacts[duplicate], state="locked")
+
+    scene.after("rev-users.merge", look_merged)
+    assert scene.merge(*QUICK).code == 1 and scene.count("rev-users.update") == 0
+
+
 @pytest.mark.parametrize("state", ["locked", "deactivated"])
 def test_a_duplicate_that_somebody_locks_while_its_merge_is_pending_is_still_there(
     scene: Scene, state: str

@@ -356,3 +356,10 @@ def test_a_check_lasts_for_a_minute_the_lists_for_two_and_a_timeline_until_its_o
     asked = Played(f"timeline=nap{nap}").devrev.asked
     before = asked[: asked.index("merge")]
     assert [before.count(one) for one in ("emails", "talks", "timeline")] == [checks, backups, 1]
+
+
+def test_a_run_requests_a_merge_three_times_at_most(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Played("merge=lost").devrev.asked.count("merge") == 3
