@@ -203,7 +203,7 @@ class Api:
             "works.update": self._update_work,
             "conversations.list": lambda body: self._list("conversations", talks, body, MEMBERS),
             "conversations.get": lambda body: {"conversation": existing(body["id"], talks)},
-            "conversations.update": self._update_conversation,
+            "conversations.update": lambda body: {"conversation": self._changed(talks, body)},
             "timeline-entries.list": self._list_entries,
         }
         self._endpoint = ""
@@ -311,13 +311,11 @@ class Api:
         return found
 
     def _paging(self, body: Thing) -> str:
-        """How this page is made."""
-        world = self.world
-        if world.paging in ("again", "overlap") and "cursor" in body:
-            if world.paging_times == 0:
-                return "cursor"
-            if world.paging_times is not None:
-                world.paging_times -= 1
+        """How this page is made: where `paging_times` are over, as it should be."""
+        world, counts = self.world, self.world.paging_times is not None
+        if counts and world.paging in ("again", "overlap") and "cursor" in body:
+            world.paging_times -= 1
+            return str(world.paging) if world.paging_times >= 0 else "cursor"
         return str(world.paging)
 
     def _next(self, name: str, body: Thing, place: int, served: int = 0) -> str:
@@ -466,7 +464,7 @@ class Api:
             contacts = organisation.contacts.find([("email", [email])])
             if any(organisation.alive(one["id"]) for one in contacts):
                 raise Refused(409, f"{email!r} is the email of another contact")
-        self._check_free(reference, org_id)
+        self._check_free(body, org_id)
         more = set_fields(body, ("description", "phone_numbers", "display_picture"))
         rev_org = ("account/" if kind_of(org_id) == "account" else "") + org_id.rpartition("/")[2]
         contact_id = organisation.new_contact(
@@ -484,7 +482,7 @@ class Api:
         if reference != former and world.reference_updates != "works":
             status = int(world.reference_updates)
             raise Refused(status, "this reference can't be used for another user")
-        self._check_free(body.get("external_ref"), org_id_of(contact), contact["id"])
+        self._check_free(body, org_id_of(contact))
         changes = set_fields(body, OF_A_CONTACT)
         if contact.get("external_refs") and "external_ref" in changes:
             references = [reference if one == former else one for one in contact["external_refs"]]
@@ -495,6 +493,7 @@ class Api:
         return {"rev_user": self._shown(contact, is_own_answer=True)}
 
     def _contact(self, contact_id: str) -> Record:
+        """A contact that is there to be changed."""
         if not self.organisation.alive(contact_id) or self._has_vanished(contact_id):
             raise not_found(contact_id)
         return self.organisation.contacts[contact_id]
@@ -510,11 +509,11 @@ class Api:
             if not re.fullmatch(r"\+[1-9][0-9]{1,14}", number):
                 raise bad(NOT_PERMITTED, "phone_numbers", "this is not permitted")
 
-    def _check_free(
-        self, reference: str | None, org_id: str | None, contact_id: str | None = None
-    ) -> None:
+    def _check_free(self, body: Thing, org_id: str | None) -> None:
+        """Refuse a reference that another contact of the rev org holds."""
+        reference = body.get("external_ref")
         holder = None if reference is None else self.organisation.holder(org_id, reference)
-        if holder not in (None, contact_id):
+        if holder not in (None, body.get("id")):
             raise Refused(409, f"{reference!r} is held by another contact")
 
     # ----- works, conversations, timelines --------------------------------------------------------
@@ -528,18 +527,15 @@ class Api:
         return self._list("works", self.organisation.works, body, ("type", *ROLES), hidden)
 
     def _update_work(self, body: Thing) -> Thing:
-        work = existing(body["id"], self.organisation.works)
+        works = self.organisation.works
+        work = existing(body["id"], works)
         if body.get("type", work["type"]) != work["type"]:
             raise bad(NOT_PERMITTED, "type", f"{work['display_id']} is no {body['type']}")
         if body.get("owned_by", {}).get("set") == []:
             raise bad(NOT_PERMITTED, "owned_by", "the set must not be empty")
         if not 1 <= len(body.get("title", "as it was")) <= 256:
             raise bad(NOT_PERMITTED, "title", "from 1 to 256 characters")
-        return {"work": self._changed(work, body)}
-
-    def _update_conversation(self, body: Thing) -> Thing:
-        talk = existing(body["id"], self.organisation.conversations)
-        return {"conversation": self._changed(talk, body)}
+        return {"work": self._changed(works, body)}
 
     def _list_entries(self, body: Thing) -> Thing:
         organisation, object_id = self.organisation, body["object"]
@@ -547,8 +543,8 @@ class Api:
         entries = list(enumerate(organisation.timelines.get(object_id, ())))
         return self._page("timeline_entries", entries, body)
 
-    def _changed(self, thing: Record, body: Thing) -> Record:
-        changes = dict(body)
+    def _changed(self, table: Table, body: Thing) -> Record:
+        thing, changes = existing(body["id"], table), dict(body)
         for role in USER_LISTS:
             ids = changes.pop(role, {}).get("set")
             if ids is None:

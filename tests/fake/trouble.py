@@ -312,8 +312,8 @@ class Quota:
         headers = dict(zip(QUOTA_HEADERS, values))
         if granted:
             return headers, None
-        if self.rolls:
-            reset = self._spent[0] + self.window if self._spent else reset
+        if self._spent:
+            reset = self._spent[0] + self.window
         left = max(reset - now, 0.0)
         return headers, too_many(left, self._number(left), "The quota is used up.")
 
