@@ -6827,7 +6827,11 @@ class Recreation:
     def _forget(self) -> None:
         """Begin anew, with no request under way."""
         self._since = self.context.environment.now()
-        self._pause = Backoff(0.2, self.PATIENCE, 1.6)
+        self._pause = Backoff(
+            0.2,
+            self.PATIENCE,
+            1.6,
+        )
         self._may_exist = False
         self._refusal = ""  # why the last request has created nothing, as far as is known
 
@@ -6870,7 +6874,11 @@ class Recreation:
         # The application knows the person by its own reference.
         is_vital = "external_ref" in fields and self.pair.duplicate.is_user
         self._refusal = str(error)
-        refused = refused_fields(error, fields, is_vital)
+        refused = refused_fields(
+            error,
+            fields,
+            is_vital,
+        )
         if refused:
             self.undo.left_out.update(dict.fromkeys(refused, self._refusal))
             self._forget()
@@ -7013,7 +7021,12 @@ class PairUndo:
         if self.context.options.preview:
             await self._restore_objects()
             return
-        recreation = Recreation(self.context, self.group, pair, undo)
+        recreation = Recreation(
+            self.context,
+            self.group,
+            pair,
+            undo,
+        )
         if self._has_moved() and not undo.contact:
             undo.reference_free = True
         pair.move_to(State.UNDOING)
@@ -7042,7 +7055,11 @@ class PairUndo:
         try:
             # With the units for what follows: the contact, perhaps with fewer fields, or the way
             # back.
-            await read_primary(self.context, self.group, RequestOptions(MERGE, 9))
+            await read_primary(
+                self.context,
+                self.group,
+                RequestOptions(MERGE, 9),
+            )
             check_moved_reference(self.group, self.pair)
         except PairError:
             if self.is_new:
@@ -7121,7 +7138,11 @@ class PairUndo:
         await self._save_as_before()
 
     async def _return_reference(self) -> None:
-        await read_primary(self.context, self.group, FINISH_OPTIONS)
+        await read_primary(
+            self.context,
+            self.group,
+            FINISH_OPTIONS,
+        )
         check_moved_reference(self.group, self.pair)
         await self._set_reference(str(self.moved))
 
@@ -7190,7 +7211,11 @@ class PairUndo:
         between read and write can be missed."""
         if kind_of(identity) not in RESTORED_KINDS:
             return dict.fromkeys(roles, "works of this kind are not restored")
-        write = functools.partial(self._write_object, identity, roles)
+        write = functools.partial(
+            self._write_object,
+            identity,
+            roles,
+        )
         pause = Backoff(0.1, 10.0)
         for _ in range(self.ATTEMPTS):
             left = await until_fresh(write)
@@ -7203,7 +7228,10 @@ class PairUndo:
         """Read one object and write it; return what of it is left to others, None where no answer
         shows that it is written. Raises PreconditionsExpired."""
         sent = self.context.environment.now()
-        obj = await self.api.get_object(identity, RequestOptions(RESUME, 2))
+        obj = await self.api.get_object(
+            identity,
+            RequestOptions(RESUME, 2),
+        )
         read = FreshRead(self.context.environment, sent)
         changes, left = plan_restore(
             obj,
@@ -7217,7 +7245,11 @@ class PairUndo:
             self.context.raise_if_draining()
             try:
                 options = RequestOptions(FINISH, rests_on=read)
-                answer = await self.api.set_people(obj, changes, options)
+                answer = await self.api.set_people(
+                    obj,
+                    changes,
+                    options,
+                )
             except NoUsableResponse as error:
                 log.info("%s: %s", identity, error)
                 return None
@@ -7303,7 +7335,11 @@ class UndoRunner(TaskRunner):
         for pair in found.everybody():
             if pair.undo and pair.undo.contact:
                 found.aliases[pair.duplicate.id] = pair.undo.contact
-        await read_primary(self, found, ANY_OPTIONS)
+        await read_primary(
+            self,
+            found,
+            ANY_OPTIONS,
+        )
         there = []
         objects: set[str] = set()
         for pair in pairs:
