@@ -256,9 +256,9 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(scene: Scene, 
 
 def test_check_names_a_file_where_a_run_needs_a_folder(scene: Scene) -> None:
     scene.pair(1)
-    Path("reports").write_text("", encoding="utf-8")
+    Path("backups").write_text("", encoding="utf-8")
     run = scene.run("--check")
-    assert run.code == 2 and "FAILED  disk: reports is no folder" in run.out
+    assert run.code == 2 and "FAILED  disk: backups is no folder" in run.out
 
 
 def test_status_tells_what_the_savepoint_knows(scene: Scene) -> None:
