@@ -445,7 +445,8 @@ class Scene(Stage):
 
     def run(self, *argv: str) -> Run:
         """Run the tool with these arguments, in a folder that is the current one, and judge it."""
-        Path("reports").mkdir(exist_ok=True)
+        if not Path("reports").exists():
+            Path("reports").mkdir()
         with self._told():
             run = self.play_run(argv)
         self.clock.advance(1.0)
