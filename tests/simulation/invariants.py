@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Callable, DefaultDict, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-from tests.fake.organisation import Table, Thing, org_id_of, own_reference
+from tests.fake.organisation import Thing, org_id_of, own_reference
 from tests.fake.world import World
 from tests.simulation.expected import (
     ALL_ROLES,
@@ -554,39 +554,31 @@ class InvariantChecker:
                 broken(BACKED_UP, f"{folder}: contact.json is not {short(contact)}'s")
             works = {work["id"]: work for work in files["works.json"]}
             talks = {talk["id"]: talk for talk in files["conversations.json"]}
-            table = self.organisation.works
             for key, role in ROLES.items():
-                self._judge_list(table, role, contact, entry["works"][key], works)
-            table = self.organisation.conversations
-            self._judge_list(table, "members", contact, entry["conversations"], talks)
+                self._judge_list(role, contact, entry["works"][key], works)
+            self._judge_list("members", contact, entry["conversations"], talks)
             if not self.options.no_timelines:
                 self._judge_timelines({**works, **talks}, files["timelines.json"])
-            kinds = (":ticket/", ":issue/")
-            counted = [
-                [one for one in entry["works"][key] if any(kind in one for kind in kinds)]
+            counts = [
+                sum(":ticket/" in one or ":issue/" in one for one in entry["works"][key])
                 for key in ROLES
             ]
-            self._judge_count(ids, contact, max(map(len, counted)))
+            self._judge_count(ids, contact, max(counts))
 
     def _judge_list(
-        self,
-        table: Table,
-        role: str,
-        contact: str,
-        listed: Sequence[str],
-        there: Mapping[str, Thing],
+        self, role: str, contact: str, listed: Sequence[str], there: Mapping[str, Thing]
     ) -> None:
-        since = self.clock.now - LISTED - self.lag - JITTER
+        """What is listed is there; it was so at some time lately, and is all that was so then."""
+        organisation, since = self.organisation, self.clock.now - LISTED - self.lag - JITTER
+        table = organisation.conversations if role == "members" else organisation.works
         always, ever = holdings(table, role, contact, since)
-        always = {one for one in always if self.reasons.is_listed(one)}
-        for what, wrong in (
-            ("is listed and not there", set(listed) - set(there)),
-            ("is missing", set() if self.lies else always - set(listed)),
-            ("has not been so lately", set() if self.lies else set(listed) - ever),
-        ):
-            if wrong:
-                shown = ", ".join(map(short, sorted(wrong)))
-                broken(BACKED_UP, f"{role} of {short(contact)}: {shown} {what}")
+        wrong = set(listed) - set(there)
+        if not self.lies:
+            wrong |= set(listed) - ever
+            wrong |= {one for one in always if self.reasons.is_listed(one)} - set(listed)
+        if wrong:
+            shown = ", ".join(map(short, sorted(wrong)))
+            broken(BACKED_UP, f"{role} of {short(contact)}: {shown}")
 
     def _judge_timelines(
         self, things: Mapping[str, Thing], timelines: Mapping[str, Sequence[Thing]]
