@@ -20,6 +20,7 @@ from tests.simulation.world import broken
 ONCE = "each ended pair is in exactly one report, that of the run in which it ended"
 TRUE = "savepoint and reports say what is true"
 SUMS = "the sums of a report"
+CODE = "the exit code says how it went"
 
 
 class ReportChecker:
@@ -63,8 +64,7 @@ class ReportChecker:
                 broken(ONCE, f"{name_of(ids)} is in {', '.join(names)}")
         if mine is None or not needed:
             return
-        if mine.name not in there:
-            broken("the report is written, also when the run stops early", mine.name)
+        read_report(mine)
         for ids, row in rows.items():
             if row["state"] in ENDED and ids not in self.forgotten:
                 self._judge_place(ids, row, where[ids])
@@ -88,28 +88,19 @@ class ReportChecker:
     def _judge_code(
         self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]
     ) -> None:
-        invariant = "the exit code says how it went"
         settled = self.checker.options.settle
         if settled:
             left = [row["email"] for row in rows.values() if row["state"] in UNFINISHED]
             if code == 0 and not set(settled).isdisjoint(left):
-                broken(invariant, f"0, and not all of {', '.join(settled)} has ended")
+                broken(CODE, f"0, and not all of {', '.join(settled)} has ended")
             return
         after_cancel = [entry for entry in report["successful_merges"] if entry.get("after_cancel")]
-        bad = len(report["failed_merges"]) + len(report["unfinished_merges"]) + len(after_cancel)
-        if (code == 0) != (bad == 0) and code in (0, 1):
-            broken(invariant, f"{code}, and {bad} failed, unfinished or done after a cancel")
+        judge_code(code, *report["failed_merges"], *report["unfinished_merges"], *after_cancel)
 
     def _read(self, name: str, path: Path, is_mine: bool) -> None:
         if name in self.lost:
             broken("a report that was deleted is not written again", name)
-        try:
-            report = self.reports[name] = json.loads(path.read_bytes())
-        except ValueError as error:
-            broken("a report is written atomically", f"{name}: {error}")
-        stopped = str(report["run"].get("stopped"))
-        if "(a bug" in stopped:
-            broken("no run ends with a bug", stopped)
+        report = self.reports[name] = read_report(path)
         if is_mine:
             self._judge_sums(name, report)
         elif name not in self.owed:
@@ -182,6 +173,25 @@ class ReportChecker:
                 self.lost.add(path.name)
             entries = ended_entries(self.reports.pop(path.name, {}))
             self.forgotten.update(map(ids_of, entries))
+
+
+def read_report(path: Path) -> Any:
+    """Read the report of a run: it is there, whole, and names no bug."""
+    if not path.exists():
+        broken("the report is written, also when the run stops early", path.name)
+    try:
+        report = json.loads(path.read_bytes())
+    except ValueError as error:
+        broken("a report is written atomically", f"{path.name}: {error}")
+    stopped = str(report["run"].get("stopped"))
+    if "(a bug" in stopped:
+        broken("no run ends with a bug", stopped)
+    return report
+
+
+def judge_code(code: Optional[int], *bad: Any) -> None:
+    if code in (0, 1) and (code == 0) != (not bad):
+        broken(CODE, f"{code}, and {len(bad)} failed, unfinished or done after a cancel")
 
 
 def ended_entries(report: Mapping[str, Any]) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from tests.simulation.expected import (
     table_of,
     versions,
 )
+from tests.simulation.report_invariants import ids_of, judge_code, read_report
 from tests.simulation.world import Sent, broken, short
 
 OF_OBJECTS = ("works.update", "conversations.update")
@@ -280,21 +281,13 @@ class UndoChecker:
                 self._judge_undone(ids, row)
         if not self.active or self.preview or not needed:
             return
-        if not path.exists():
-            broken("the report is written, also when the run stops early", path.name)
+        report = self.reports[path.name] = read_report(path)
         self._judge_interrupted(rows)
-        report = json.loads(path.read_bytes())
-        if "(a bug" in str(report["run"].get("stopped")):
-            broken("no run ends with a bug", report["run"]["stopped"])
-        self.reports[path.name] = report
         for state, title in (("undone", "undone"), ("undoing", "unfinished")):
-            for entry in report[title]:
-                ids = entry["primary"]["id"], entry["duplicate"]["id"]
+            for ids in map(ids_of, report[title]):
                 if ids in rows and rows[ids]["state"] != state:
                     broken("a report says what is true", f"{name_of(ids)} is not {state}")
-        bad = len(report["failed"]) + len(report["unfinished"])
-        if code in (0, 1) and (code == 0) != (bad == 0):
-            broken("the exit code says how it went", f"{code}, and {bad} failed or unfinished")
+        judge_code(code, *report["failed"], *report["unfinished"])
 
     def _judge_interrupted(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """An interruption leaves no reference on no contact, where the network is undisturbed."""
@@ -339,7 +332,7 @@ class UndoChecker:
         for report in self.reports.values():
             for entry in (*report["failed"], *report["unfinished"]):
                 named[entry["duplicate"]["old_external_ref"]].append(entry["code"])
-                last[entry["primary"]["id"], entry["duplicate"]["id"]] = entry
+                last[ids_of(entry)] = entry
         for ids in self.begun:
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state == "undoing" and not (ids in last and self._is_true(ids, last[ids])):
