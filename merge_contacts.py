@@ -5369,6 +5369,7 @@ class PairMerge:
         by objects."""
         if status is not DuplicateStatus.CHANGED:
             return status.is_gone
+        self.api.scheduler.end_merge(self.pair.ids)  # objects would wait for the units it holds
         with contextlib.suppress(ApiError, NoUsableResponse):
             return await self.verifier.objects_prove() is True
         return False
