@@ -42,7 +42,7 @@ what else is known of its primary), PairMerge (from its state on), ContactMerger
 (given up, and carried out all the same), PairUndo (the same of an undo), settle_pair (ended by a
 person). A new state: State and the sets of states beside it, PairMerge, STATE_WORDS,
 AUTHORITY (which of two files wins). A new field of a pair: Pair, with a default; rows without it
-are read, and rows of other versions keep theirs. What needs more than a default: FORMAT.
+are read, and rows of other versions keep theirs. What needs more than a default: MIGRATIONS.
 """
 
 from __future__ import annotations
@@ -4009,10 +4009,13 @@ def winning_row(one: StoredRow, other: StoredRow) -> StoredRow:
 
 
 FIRST_FORMAT = 3  # the oldest one that is read: that of version 3.0.0
-# Rows may have fields that 3.0.0 would refuse. A new field of a pair needs no other step than a
-# default. A new meaning of an old one, a table or a state needs another number, and a step in
-# `SavePointFile.content`.
-FORMAT = 4
+# The SQL that takes a file from each format to the next. A new field of a pair needs no other step
+# than a default. A new meaning of an old one, a table or a state needs another format, and an entry
+# here.
+MIGRATIONS: Sequence[Sequence[str]] = (
+    (),  # 3 to 4: rows may have fields that 3.0.0 would refuse
+)
+FORMAT = FIRST_FORMAT + len(MIGRATIONS)
 
 
 class SavePointFile:
@@ -4148,6 +4151,9 @@ class SavePointFile:
             self.db.execute(f"PRAGMA application_id = {self.APPLICATION}")
         elif not FIRST_FORMAT <= version <= FORMAT:
             raise sqlite3.DatabaseError("it is another program's database")
+        else:
+            for statement in chain.from_iterable(MIGRATIONS[version - FIRST_FORMAT :]):
+                self.db.execute(statement)
         if version != FORMAT:
             self.db.execute(f"PRAGMA user_version = {FORMAT}")
         problem = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]

@@ -457,8 +457,11 @@ def test_fields_of_another_version_are_kept_and_missing_ones_have_their_default(
 
 
 @pytest.mark.parametrize("behind", [[SAVEPOINT], [SAVEPOINT_COPY], [SAVEPOINT, SAVEPOINT_COPY]])
-def test_a_file_that_is_behind_is_migrated(folder: Path, behind: List[Path]) -> None:
+def test_a_file_that_is_behind_is_migrated(
+    folder: Path, behind: List[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill()
+    monkeypatch.setattr(tool, "MIGRATIONS", (("CREATE TABLE moods (name TEXT)",),))
     for path in behind:
         with database(path) as db:
             db.execute(f"PRAGMA user_version = {tool.FIRST_FORMAT}")
@@ -468,8 +471,10 @@ def test_a_file_that_is_behind_is_migrated(folder: Path, behind: List[Path]) -> 
         for path in (SAVEPOINT, SAVEPOINT_COPY):
             with database(path) as db:
                 (version,) = db.execute("PRAGMA user_version").fetchone()
+                tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
             is_behind = readonly and path in behind
             assert version == (tool.FIRST_FORMAT if is_behind else tool.FORMAT)
+            assert ("moods" in tables) is (path in behind and not is_behind)
 
 
 # -- folders that version 3.0.0 has left -----------------------------------------------------------
