@@ -147,7 +147,7 @@ def test_results_that_can_not_be_written_are_exit_3(place: Workplace, options: l
     place.export(organisation_of_pairs(1)[0])
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(
-            place.command(*options), cwd=str(place.folder), check=False,
+            place.command(options, ()), cwd=str(place.folder), check=False,
             env=place.environment(None, {}), stdout=full, stderr=subprocess.PIPE,
         )  # fmt: skip
     assert done.returncode == 3 and b"No space left" in done.stderr
