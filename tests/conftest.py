@@ -1,4 +1,5 @@
 import contextlib
+import logging
 import os
 import py_compile
 from pathlib import Path
@@ -22,6 +23,11 @@ def pytest_sessionstart() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         with contextlib.suppress(OSError):
             py_compile.compile(str(SCRIPT), quiet=1)
+
+
+def pytest_runtest_teardown() -> None:
+    """A run in this process has its log to itself; the next test may look at records."""
+    logging.getLogger("merge_contacts").propagate = True
 
 
 @pytest.fixture
