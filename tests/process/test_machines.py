@@ -18,8 +18,15 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 
 import merge_contacts as tool
-from tests.sandbox import Fault, Sandbox
-from tests.support import ROOT, SCRIPT, Terminal, Workplace, assert_merged, organisation_of_pairs
+from tests.sandbox import Sandbox
+from tests.support import (
+    ROOT,
+    SCRIPT,
+    Terminal,
+    Workplace,
+    assert_merged,
+    organisation_of_pairs,
+)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
@@ -342,27 +349,6 @@ def test_nothing_is_imported_from_the_scripts_folder(place: Workplace, as_module
 
 
 # ----- signals and terminals ----------------------------------------------------------------------
-
-
-@posix
-def test_a_closed_terminal_loses_no_report_though_two_signals_come(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(3)
-    place.export(organisation)
-    never = Fault(
-        "merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[-1][1]
-    )
-    with Sandbox(organisation, faults=[never]) as sandbox:
-        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
-        terminal.read_until("merged  person1@")
-        os.close(terminal.handle)  # for which the kernel sends one
-        with contextlib.suppress(ProcessLookupError):
-            for _ in range(3):
-                os.kill(terminal.pid, signal.SIGHUP)
-                time.sleep(0.01)
-        status = os.waitpid(terminal.pid, 0)[1]
-    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 129
-    (path,) = reports(place)
-    assert json.loads(path.read_bytes())["run"]["exit_code"] == 129
 
 
 @posix

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -192,6 +194,23 @@ def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signa
     status = ended[-1][1]
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 143
     assert len(list((place.folder / "reports").glob("*.json"))) == 1
+
+
+def test_a_closed_terminal_loses_no_report_though_two_signals_come(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(20)
+    place.export(organisation)
+    with Sandbox(organisation, latency=0.1) as sandbox:
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
+        wait_until(lambda: sandbox.count("rev-users.merge") >= 3, terminal.pid)
+        os.close(terminal.handle)  # for which the kernel sends one
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(3):
+                os.kill(terminal.pid, signal.SIGHUP)
+                time.sleep(0.01)
+        status = os.waitpid(terminal.pid, 0)[1]
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 129
+    (path,) = place.folder.glob("reports/*.json")
+    assert json.loads(path.read_bytes())["run"]["exit_code"] == 129
 
 
 def test_status_while_a_run_is_in_progress_says_so_and_leaves_no_log(place: Workplace) -> None:
