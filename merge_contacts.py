@@ -3115,7 +3115,7 @@ class DevRevAPI:
         self.work_kinds = [*TICKETS_AND_ISSUES, *OTHER_WORKS]  # that lists name
         self.warnings: list[str] = []  # of what the token can't see
         self._kinds_are_known = False
-        self._finding_kinds = asyncio.Lock()
+        self._finding_kinds: asyncio.Lock | None = None  # of the loop that lists
         self._verified_filter_refused = False
         by_email = functools.partial(self._list_by, "email")
         self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
@@ -3469,6 +3469,7 @@ class DevRevAPI:
             return await self.pages("rev-users.list", "rev_users", body, options)
         if name == "members":
             return await self.pages("conversations.list", "conversations", body, options)
+        self._finding_kinds = self._finding_kinds or asyncio.Lock()
         async with self._finding_kinds:  # one list finds out for all
             if not self._kinds_are_known:
                 try:
