@@ -241,7 +241,7 @@ def timeline(api: "tool.DevRevAPI") -> Any:
 
 
 def pages_of(*pages: Any) -> Respond:
-    """Pages of timeline entries, each a list of keys, under the cursors 1, 2, …; the last has none."""
+    """Pages of timeline entries, each a list of keys, with cursors 1, 2, …, none on the last."""
 
     def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
         number = int(body.get("cursor", 0))
