@@ -172,15 +172,18 @@ def draw(source: Source, number: int, seed: int, section: str = "") -> list[Muta
     return chosen
 
 
-def judges_of(section: str) -> dict[str, tuple[str, ...]]:
+def judges_of(section: str, quick: bool) -> dict[str, tuple[str, ...]]:
     """Return the commands that judge a section's mutants, by name, the quickest first."""
     (names,) = (names for start, names in TESTS.items() if section.startswith(start))
     files = [f"tests/sections/test_{name}.py" for name in names.split()]
-    return {
+    judges = {
         "its tests": (*PYTEST, *files),
         "another test": (*PYTEST, "tests"),
         "the simulation": SCENARIOS,
     }
+    if quick:
+        del judges["another test"]
+    return judges
 
 
 def passes(text: str, command: tuple[str, ...]) -> bool:
@@ -223,10 +226,11 @@ def main() -> int:
     option("--seed", metavar="S", type=int, default=1, help="that draws them (default 1)")
     option("--section", metavar="TITLE", default="", help="only of sections that begin so")
     option("--jobs", metavar="J", type=int, default=1, help="in so many processes")
+    option("--quick", action="store_true", help="without the tests of other sections")
     options = parser.parse_args()
     source = Source(SOURCE.read_text(encoding="utf-8"))
     chosen = draw(source, options.random, options.seed, options.section)
-    judges = [judges_of(mutant.section) for mutant in chosen]
+    judges = [judges_of(mutant.section, options.quick) for mutant in chosen]
     each = {" ".join(command): command for one in judges for command in one.values()}
     with multiprocessing.Pool(options.jobs) as pool:
         baseline = [(source.text, {name: command}) for name, command in each.items()]
