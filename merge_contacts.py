@@ -3496,10 +3496,12 @@ class DevRevAPI:
         Raises ApiError where these are refused, too: that says nothing of kinds.
         """
         await self._list_works(TICKETS_AND_ISSUES, body, options)
-        for kind in OTHER_WORKS:
+        for kind in self.work_kinds[len(TICKETS_AND_ISSUES) :]:
             try:
                 await self._list_works((*TICKETS_AND_ISSUES, kind), body, options)
             except ApiError as error:
+                if error.status not in (400, 403):
+                    raise
                 self.work_kinds.remove(kind)
                 words = f"works that DevRev does not list ({error.status}), so not backed up"
                 self.warnings.append(f"{words}: {kind}")

@@ -604,6 +604,20 @@ def test_a_403_for_tickets_is_no_matter_of_kinds() -> None:
     assert found == EVERY_KIND and len(server.requests) == 2
 
 
+def test_only_a_400_or_403_leaves_a_kind_of_works_out_of_the_backup() -> None:
+    def respond(endpoint: str, body: Dict[str, Any]) -> Answer:
+        status = 409 if body["type"] == [*BASE, "incident"] else 400
+        return works_of((*BASE, "opportunity"), status=status)(endpoint, body)
+
+    async def load(api: "tool.DevRevAPI") -> Any:
+        for _ in range(2):
+            with pytest.raises(tool.ApiError, match="409"):
+                await api.objects["owned_by"].load(ONE)
+        return tuple(api.work_kinds)
+
+    assert ask(respond, load)[0] == (*BASE, "incident", "opportunity")
+
+
 def test_a_list_of_too_many_contacts_does_not_hide_the_other_kinds() -> None:
     async def load(api: "tool.DevRevAPI") -> Any:
         found = await asyncio.gather(
