@@ -1420,7 +1420,7 @@ def csv_line(*cells: str) -> str:
 
 
 def guard_cell(cell: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
+    """Return a cell that no spreadsheet takes for a formula; `trimmed_text` reads it back."""
     return f"'{cell}" if _FORMULA.match(cell) else cell
 
 
@@ -2008,7 +2008,9 @@ def blocked_by_history(
         code = "cancelled" if pair.state is State.CANCELLED else "undone"
         codes[pair.email] = codes[frozenset(map(original, pair.ids))] = code
     blocked: dict[str, str] = {}
-    for group in groups if codes else ():
+    if not codes:
+        return blocked
+    for group in groups:
         ids = sorted({original(contact.id) for contact in group.all_contacts()})
         keys = [group.email, *map(frozenset, combinations(ids, 2))]
         found = {codes[key] for key in keys if key in codes}
@@ -3110,7 +3112,6 @@ class DevRevAPI:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: dict[str, int] = collections.Counter()
-
         self.writes = 0  # requests that may have changed DevRev
         self.work_kinds = [*TICKETS_AND_ISSUES, *OTHER_WORKS]  # that lists name
         self.warnings: list[str] = []  # of what the token can't see
@@ -3196,7 +3197,8 @@ class DevRevAPI:
             if writes and options.rests_on:
                 options.rests_on.require()
             self.requests[endpoint] += 1
-            self.writes += writes
+            if writes:
+                self.writes += 1
             since = self.environment.now()
             answer = await self.environment.post(endpoint, body, options.deadline)
         except BaseException:
@@ -3430,9 +3432,11 @@ class DevRevAPI:
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Json | None:
         """Return a work or a conversation, None where there is none of that id."""
-        endpoint, key = "works.get", "work"
+        endpoint = "works.get"
+        key = "work"
         if kind_of(object_id) == "conversation":
-            endpoint, key = "conversations.get", "conversation"
+            endpoint = "conversations.get"
+            key = "conversation"
         try:
             return await self.get_one(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
@@ -4964,8 +4968,9 @@ class TransferVerifier:
             await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
 
     async def poll(self) -> DuplicateStatus:
-        primary, duplicate = self.pair.primary, self.pair.duplicate
-        return await self.api.poll_duplicate(primary.id, duplicate, RequestOptions(FINISH))
+        pair = self.pair
+        options = RequestOptions(FINISH)
+        return await self.api.poll_duplicate(pair.primary.id, pair.duplicate, options)
 
     async def objects_prove(self) -> bool | None:
         """Return whether objects show that the pair is merged, None where there is none that tells.
@@ -5043,10 +5048,11 @@ class TransferVerifier:
 
     def _shows_duplicate(self, users: Iterable[Json]) -> bool:
         """Return whether the duplicate is among these `rev_users` as the live check saw it."""
-        primary, duplicate = self.pair.primary, self.pair.duplicate
+        pair = self.pair
         for user in users:
-            if user["id"] == duplicate.id:
-                return duplicate_status(user, primary.id, duplicate) is DuplicateStatus.EXISTS
+            if user["id"] == pair.duplicate.id:
+                status = duplicate_status(user, pair.primary.id, pair.duplicate)
+                return status is DuplicateStatus.EXISTS
         return False
 
     async def _missing(
@@ -7394,7 +7400,8 @@ class UndoRunner(TaskRunner):
         if problem and (self.options.preview or pair.state not in UNDO_STATES):
             problem = PairSkipped(problem.code, str(problem))
         elif not problem:
-            pair.code, pair.error = "", ""
+            pair.code = ""
+            pair.error = ""
         await super().record_outcome(pair, problem, counts)
 
 
@@ -7680,9 +7687,11 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
     for name in ("deleted", "accepted", "reference_not_set", "after_cancel"):
         if getattr(pair, name):
             entry[name] = getattr(pair, name)
-    code, error = pair.code, pair.error
+    code = pair.code
+    error = pair.error
     if pair.state is State.DONE and pair.after_cancel and not code:
-        code, error = "after_cancel", "DevRev has carried out a merge that was cancelled"
+        code = "after_cancel"
+        error = "DevRev has carried out a merge that was cancelled"
     if pair.state is not State.DONE or code:
         entry.update(code=code, error=error, advice=None, left_behind=pair.left_behind)
         helps = "cancelled" if pair.state is State.CANCELLED else code
@@ -7919,7 +7928,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
         count["failed_merges"] += count["cancelled"]
     summary: Json = {**dict.fromkeys(SUMMARY), **{name: mine[name] for name in COUNTS}}
     if plan:
-        gone = sum(pair.code in LIVE_DONE for pair in plan.left_out)
+        gone = sum(1 for pair in plan.left_out if pair.code in LIVE_DONE)
         before = plan.already_merged + gone
         ended = mine["successful_merges"] + mine["failed_merges"] + mine["unfinished_merges"]
         summary.update(
@@ -8388,7 +8397,8 @@ class LogHandler(logging.Handler):
 
     def __init__(self, console: Console, shown: int) -> None:
         super().__init__()
-        self.console, self.shown = console, shown
+        self.console = console
+        self.shown = shown
         self.file: TextIO | None = None
         self.formatter = logging.Formatter("%(levelname)s %(message)s")
 
@@ -8410,7 +8420,7 @@ class LogHandler(logging.Handler):
 def plan_summary(plan: Plan, earlier: Sequence[Pair]) -> Json:
     """The plan in numbers; `earlier` are the pairs that are taken over from earlier runs."""
     new = len(plan.new_pairs())
-    in_csv = sum(pair.ids in plan.ids for pair in earlier)
+    in_csv = sum(1 for pair in earlier if pair.ids in plan.ids)
     return {
         "plan_id": plan.id,
         "contacts_read": plan.contacts_read,
@@ -8574,7 +8584,8 @@ def _show_pairs(plan: Plan, console: Console) -> None:
     ]
     for pair in plan.new_pairs():
         moves = "moves" if pair.new_ref else "unchanged"
-        primary, duplicate = pair.primary, pair.duplicate
+        primary = pair.primary
+        duplicate = pair.duplicate
         cells = (
             pair.email, _ids(primary), str(primary.tickets), "<-", _ids(duplicate),
             str(duplicate.tickets), moves, names_of(pair),
@@ -9210,7 +9221,9 @@ def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
         words = f"the plan is {plan.id}, not {options.plan}: {why}; read the preview again"
         raise FatalError(EXIT_USAGE, words)
     apply_savepoint(plan, savepoint, named)
-    plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
+    for group in plan.groups:
+        for pair in group.pairs:
+            plan.wanted[pair.ids] = pair
     plan.ids = set(plan.wanted)
     lines = plan.passed_over
     if options.email:
@@ -9360,8 +9373,7 @@ async def merge(run: RunContext) -> int:
         record.organisation = savepoint.organisation
         record.csv = []
         for path in run.options.csv:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            record.csv.append({"path": str(path), "sha256": digest})
+            record.csv.append({"path": str(path), "sha256": sha256_of(path)})
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return finish_run(run, savepoint, EXIT_OK, plan)
         whose = await run.identify("CSV", plan.contacts)
@@ -9380,7 +9392,7 @@ async def merge(run: RunContext) -> int:
             words = f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT}"
             run.console.print_err(f"{words} as they are")
         unfinished = [*savepoint.unfinished(), *plan.revived]
-        record.pairs += sum(pair.ids not in plan.ids for pair in unfinished)
+        record.pairs += sum(1 for pair in unfinished if pair.ids not in plan.ids)
         facts = merge_facts(run, plan, unfinished, whose)
         warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
         code = await confirm_and_run(
@@ -9398,6 +9410,15 @@ async def merge(run: RunContext) -> int:
             plan,
             merger,
         )
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file of whatever size. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(functools.partial(file.read, 1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 async def settle(run: RunContext) -> int:
@@ -9576,7 +9597,7 @@ def merge_facts(
             facts.append(("choices lose", f"{one.external_ref} ({describe_contact(one)})"))
     # At most twenty, but each that may be of a shared mailbox.
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
-    shared = sum(one["code"] == "shared_mailbox" for one in warnings)
+    shared = sum(1 for one in warnings if one["code"] == "shared_mailbox")
     told = [f"{one['email']}: {one['warning']}" for one in warnings]
     facts += [("WARNING", line) for line in some(told, max(20, shared))]
     requests = plural(expected_requests(plan, run.options), "request")
@@ -9662,10 +9683,10 @@ class Progress:
             return ""
         pairs = list(runner.pairs())
         outcomes = runner.outcomes
-        merged = sum(pair.state in (*MERGED_STATES, State.UNDONE) for pair in pairs)
+        merged = sum(1 for pair in pairs if pair.state in (*MERGED_STATES, State.UNDONE))
         word = "undone" if isinstance(runner, UndoRunner) else "merged"
         parts = [f"{merged:,} of {plural(total, 'pair')} {word}"]
-        failed = sum(not runner.is_success(pair) for pair in outcomes.values())
+        failed = sum(1 for pair in outcomes.values() if not runner.is_success(pair))
         if failed:
             parts.append(f"{failed:,} failed")
         open_pairs = [pair for pair in pairs if pair.ids not in outcomes]
@@ -9740,7 +9761,8 @@ def conclude(
 
     Returns the exit code: 3 where the report can't be written, unless `code` is worse.
     """
-    console, record = run.console, run.record
+    console = run.console
+    record = run.record
     stop = end_record(run, runner, code)
     try:
         write_report(run.environment, savepoint, record, contents)
@@ -9845,7 +9867,8 @@ async def export(run: RunContext) -> int:
 
     What is wrong with the path is found out first.
     """
-    path, api = run.options.export, run.api
+    path = run.options.export
+    api = run.api
     check_free(path)
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
@@ -9883,7 +9906,8 @@ NOT_RESTORED = "Ids, dates, creators and authors of comments can't be restored."
 
 async def undo(run: RunContext) -> int:
     """Undo merges, or with --preview print what would be restored; return the exit code."""
-    api, options = run.api, run.options
+    api = run.api
+    options = run.options
     elsewhere = history_folder_error(options.undo)  # before this folder gets a history
     if elsewhere:
         raise FatalError(EXIT_USAGE, elsewhere)
@@ -9953,13 +9977,15 @@ def finish_undo(
     code: int,
 ) -> int:
     """Write the report of an undo, or with --preview print it, and say what comes next."""
-    console, record = run.console, run.record
+    console = run.console
+    record = run.record
     lists = undo_lists(plan, runner, run.options.preview)
     counts = {name: len(found) for name, found in lists.items()}
     before = len(plan.undone)
     left = plan.left
     for pair in plan.pairs():
-        left += pair.ids not in runner.outcomes and pair.state not in UNDO_STATES
+        if pair.ids not in runner.outcomes and pair.state not in UNDO_STATES:
+            left += 1
     total = sum(counts.values()) + left
     record.summary = {**counts, "pairs": total, "undone_before": before, "left": left}
     now = {**counts, "undone_before": before, "remaining": left}
@@ -10061,7 +10087,7 @@ async def check(run: RunContext) -> int:
         notes = [f"quota: {quota}", f"{only_a_merge}: try one pair first"]
     for note in notes:
         console.print(f"note    {note}")
-    problems = sum(not one["ok"] for one in checks)
+    problems = sum(1 for one in checks if not one["ok"])
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     console.print(verdict, "bad" if problems else "good")
     run.show(
