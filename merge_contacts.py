@@ -2074,6 +2074,7 @@ def take_states(
             row.accepted = ""
             row.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
             row.move_to(State.REQUESTED)
+            row.rejected = True  # or accepted: it has the whole wait of an answered request
             pair.move_to(State.REQUESTED)
             plan.revived.append(row)
 

@@ -291,6 +291,15 @@ def test_a_cancelled_merge_is_never_requested_again_unnamed(scene: Scene) -> Non
     assert scene.merge(*QUICK, "--email", FIRST).code == 0 and scene.merged(pair)
 
 
+def test_a_cancelled_merge_that_is_named_has_the_whole_wait_before_it_is_requested_again(
+    scene: Scene,
+) -> None:
+    pair = scene.pair(1)
+    cancel(scene)
+    assert scene.merge("--merge-timeout", "200", "--email", FIRST).code == 0
+    assert scene.merged(pair) and scene.count("rev-users.merge") == 2
+
+
 def test_a_merged_pair_can_be_settled_whatever_keeps_it_open(scene: Scene) -> None:
     pair = scene.pair(1)
     scene.after("rev-users.update", lambda _: scene.fault("500", "works.list"))
