@@ -36,8 +36,14 @@ def place(tmp_path: Path) -> Workplace:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """A scripted scene in simulated time, in a folder of its own."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def scene(folder: Path) -> Iterator[Scene]:
+    """A scripted scene in simulated time, in a folder of its own."""
     yield Scene()
     WAIVED.clear()

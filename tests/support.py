@@ -79,16 +79,15 @@ class Workplace:
     def start(
         self, sandbox: Optional[Sandbox], *options: str, python: Sequence[str] = (), **extra: str
     ) -> "subprocess.Popen[str]":
-        with hangups_heard():
-            return subprocess.Popen(
-                self.command(options, python),
-                cwd=str(self.folder),
-                env=self.environment(sandbox, extra),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-            )
+        return subprocess.Popen(
+            self.command(options, python),
+            cwd=str(self.folder),
+            env=self.environment(sandbox, extra),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
 
     def run(
         self,
@@ -120,6 +119,39 @@ class Workplace:
         assert check is None or result.code == check, f"{result}\n{self.logs()}"
         return result
 
+    def exactly(
+        self, sandbox: Optional[Sandbox], *options: str, script: str = str(SCRIPT)
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run exactly these options, with nothing on stdin."""
+        return subprocess.run(
+            [sys.executable, script, *options],
+            cwd=str(self.folder),
+            env=self.environment(sandbox, {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+            check=False,
+        )
+
+    def machine(self, code: str) -> Dict[str, str]:
+        """The environment of a machine on which `code` runs before any program does."""
+        folder = self.folder / "site"
+        folder.mkdir(exist_ok=True)
+        code = "import errno, os, sqlite3, stat, sys\n" + code
+        (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+        return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+    @contextlib.contextmanager
+    def serving(
+        self, count: int = 1, tickets: Tuple[int, int] = (2, 1), **options: Any
+    ) -> Iterator[Tuple[Sandbox, Pairs]]:
+        """Serve an organisation of so many pairs, whose export is in the folder."""
+        organisation, pairs = organisation_of_pairs(count, tickets)
+        self.export(organisation)
+        with Sandbox(organisation, **options) as sandbox:
+            yield sandbox, pairs
+
     def export(self, organisation: Organisation) -> None:
         """Write the CSV that the warehouse would hold of an organisation."""
         with open(self.csv, "w", encoding="utf-8", newline="") as file:
@@ -133,19 +165,6 @@ class Workplace:
 
     def files(self) -> List[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
-
-
-@contextlib.contextmanager
-def hangups_heard() -> Iterator[None]:
-    """Start a process that does not inherit from nohup that SIGHUP is ignored."""
-    if os.name == "nt":
-        yield
-        return
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 class Terminal:

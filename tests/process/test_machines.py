@@ -13,59 +13,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, List
 
 import pytest
 
 import merge_contacts as tool
-from tests.sandbox import Sandbox
-from tests.support import (
-    ROOT,
-    SCRIPT,
-    Terminal,
-    Workplace,
-    assert_merged,
-    organisation_of_pairs,
-)
+from tests.support import SCRIPT, Terminal, Workplace, assert_merged, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
-
-
-def machine(folder: Path, code: str) -> Dict[str, str]:
-    """The environment of a machine on which `code` runs before any program does."""
-    folder.mkdir(exist_ok=True)
-    code = "import errno, os, sqlite3, stat, sys\n" + code
-    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-
-
-@contextlib.contextmanager
-def serving(place: Workplace, count: int = 1, **options: Any) -> Iterator[Tuple[Sandbox, Any]]:
-    """Serve an organisation of so many pairs, whose export is in the place."""
-    organisation, pairs = organisation_of_pairs(count)
-    place.export(organisation)
-    with Sandbox(organisation, **options) as sandbox:
-        yield sandbox, pairs
-
-
-def exactly(
-    place: Workplace,
-    sandbox: Any,
-    *options: str,
-    script: str = str(SCRIPT),
-    **extra: str,
-) -> "subprocess.CompletedProcess[str]":
-    """Run exactly these options, with nothing on stdin."""
-    return subprocess.run(
-        [sys.executable, script, *options],
-        cwd=str(place.folder),
-        env=place.environment(sandbox, extra),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
 
 
 def reports(place: Workplace) -> List[Path]:
@@ -78,21 +33,21 @@ def reports(place: Workplace) -> List[Path]:
 def test_without_a_terminal_nothing_is_merged_or_undone_unless_yes_is_given(
     place: Workplace,
 ) -> None:
-    with serving(place, 2) as (sandbox, pairs):
-        merging = "--csv", "contacts.csv"
-        done = exactly(place, sandbox, *merging)
+    merging = ("--csv", "contacts.csv")
+    with place.serving(2) as (sandbox, pairs):
+        done = place.exactly(sandbox, *merging)
         assert done.returncode == 2 and "Add --yes" in done.stderr
         assert sandbox.organisation.merges == []
-        assert "SANDBOX1" in place.run(None, "--status", check=0).out
-        assert exactly(place, sandbox, *merging, "--yes").returncode == 0
+        assert place.exactly(sandbox, *merging, "--yes").returncode == 0
         assert_merged(sandbox.organisation, pairs)
-        assert exactly(place, sandbox, *merging).returncode == 0, "nothing is left"
-        undoing, before = ("--undo", f"reports/{reports(place)[0].name}"), len(sandbox.requests)
-        done = exactly(place, sandbox, *undoing)
+        assert place.exactly(sandbox, *merging).returncode == 0, "nothing is left"
+        undoing = ("--undo", f"reports/{reports(place)[0].name}")
+        before = len(sandbox.requests)
+        done = place.exactly(sandbox, *undoing)
         assert done.returncode == 2 and "Add --yes" in done.stderr
         assert {one.endpoint for one in sandbox.requests[before:]} == {"dev-users.self"}
-        assert exactly(place, sandbox, *undoing, "--yes").returncode == 0
-        assert exactly(place, sandbox, *undoing).returncode == 0, "a second undo does nothing"
+        assert place.exactly(sandbox, *undoing, "--yes").returncode == 0
+        assert place.exactly(sandbox, *undoing).returncode == 0, "a second undo does nothing"
 
 
 # ----- programs that read JSON --------------------------------------------------------------------
@@ -101,14 +56,14 @@ def test_without_a_terminal_nothing_is_merged_or_undone_unless_yes_is_given(
 def test_json_of_a_run_and_an_undo_is_their_report_and_nothing_else_is_on_stdout(
     place: Workplace,
 ) -> None:
-    with serving(place, 2) as (sandbox, _):
-        done = exactly(place, sandbox, "--csv", "contacts.csv", "--yes", "--json")
+    with place.serving(2) as (sandbox, _):
+        done = place.exactly(sandbox, "--csv", "contacts.csv", "--yes", "--json")
         (path,) = reports(place)
         found = json.loads(done.stdout)
         assert done.returncode == 0 and found == json.loads(path.read_bytes())
         assert found["schema"] == tool.SCHEMA and found["run"]["exit_code"] == 0
         assert "merged  person1@" in done.stderr and "2 of 2 pairs merged" in done.stderr
-        done = exactly(place, sandbox, "--undo", f"reports/{path.name}", "--yes", "--json")
+        done = place.exactly(sandbox, "--undo", f"reports/{path.name}", "--yes", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["summary"]["undone"] == 2
         assert "undone  person1@" in done.stderr
 
@@ -122,8 +77,8 @@ NO_REPORT = {
 
 @pytest.mark.parametrize("options, says", NO_REPORT.items())
 def test_json_of_a_run_without_a_report_says_why(place: Workplace, options: str, says: str) -> None:
-    with serving(place) as (sandbox, _):
-        done = exactly(place, sandbox, "--json", *options.split())
+    with place.serving() as (sandbox, _):
+        done = place.exactly(sandbox, "--json", *options.split())
     found = json.loads(done.stdout)
     assert done.returncode == found["exit_code"] == 2
     assert set(found) == {"schema", "exit_code", "error"}
@@ -134,7 +89,7 @@ def test_json_of_a_run_without_a_report_says_why(place: Workplace, options: str,
 def test_with_json_the_question_is_on_the_terminal_and_the_report_in_the_file(
     place: Workplace,
 ) -> None:
-    with serving(place) as (sandbox, pairs):
+    with place.serving() as (sandbox, pairs):
         out = str(place.folder / "out.json")
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--json", stdout=out)
         terminal.read_until("Type merge")
@@ -158,8 +113,8 @@ os.fsync = fsync
 
 @posix
 def test_a_folder_that_can_not_be_flushed_is_warned_of_once(place: Workplace) -> None:
-    with serving(place, 3) as (sandbox, pairs):
-        extra = machine(place.folder / "site", NO_FLUSH.format(kind="S_ISDIR"))
+    with place.serving(3) as (sandbox, pairs):
+        extra = place.machine(NO_FLUSH.format(kind="S_ISDIR"))
         result = place.run(sandbox, check=0, **extra)
     assert_merged(sandbox.organisation, pairs)
     assert result.err.count("warning: ") == result.err.count("can't flush a folder") == 1
@@ -168,9 +123,8 @@ def test_a_folder_that_can_not_be_flushed_is_warned_of_once(place: Workplace) ->
 
 @posix
 def test_a_file_that_can_not_be_flushed_is_an_error_before_any_merge(place: Workplace) -> None:
-    with serving(place, 2) as (sandbox, _):
-        extra = machine(place.folder / "site", NO_FLUSH.format(kind="S_ISREG"))
-        place.run(sandbox, check=3, **extra)
+    with place.serving(2) as (sandbox, _):
+        place.run(sandbox, check=3, **place.machine(NO_FLUSH.format(kind="S_ISREG")))
     assert sandbox.organisation.merges == []
 
 
@@ -189,9 +143,8 @@ sqlite3.connect = without_locks
 def test_a_file_system_without_locks_is_named_and_another_run_is_not(
     place: Workplace, words: str
 ) -> None:
-    code = NO_LOCKS.format(name="lock_trial", words=words)
-    extra = machine(place.folder / "site", code) if words else {}
-    with serving(place) as (sandbox, _):
+    extra = place.machine(NO_LOCKS.format(name="lock_trial", words=words)) if words else {}
+    with place.serving() as (sandbox, _):
         place.run(sandbox, "--limit", "1", check=0)
         path = str(place.folder / "savepoint.db")
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -206,8 +159,8 @@ def test_a_file_system_without_locks_is_named_and_another_run_is_not(
 
 @posix
 def test_a_locking_protocol_error_is_not_called_damage(place: Workplace) -> None:
-    extra = machine(place.folder / "site", NO_LOCKS.format(name="", words="locking protocol"))
-    with serving(place) as (sandbox, _):
+    extra = place.machine(NO_LOCKS.format(name="", words="locking protocol"))
+    with place.serving() as (sandbox, _):
         result = place.run(sandbox, check=2, **extra)
     assert "no working locks" in result.err and "damaged" not in result.err
 
@@ -227,7 +180,7 @@ def test_settings_come_from_a_file_or_a_pipe_with_or_without_a_byte_order_mark(
     place: Workplace, mark: bytes, is_pipe: bool
 ) -> None:
     path = place.folder / ".env"
-    with serving(place) as (sandbox, pairs):
+    with place.serving() as (sandbox, pairs):
         lines = [f"{name}={value}\n" for name, value in sandbox.environment().items()]
         if is_pipe:
             os.mkfifo(str(path))
@@ -266,9 +219,8 @@ def test_an_env_file_of_another_encoding_is_named(place: Workplace) -> None:
 
 
 def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: Workplace) -> None:
-    path, organisation = place.folder / ".env", organisation_of_pairs(1)[0]
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
+    path = place.folder / ".env"
+    with place.serving() as (sandbox, _):
         path.write_text('# ours\nDEVREV_API_TOKEN="sandbox-token\n', encoding="utf-8")
         result = place.run(sandbox, "--check", check=2, DEVREV_API_TOKEN="")
         assert "could not parse statement starting at line 2" in result.err
@@ -301,28 +253,21 @@ def test_an_empty_limit_is_no_limit_that_was_set(text: str, calls: Any) -> None:
 
 # ----- packages -----------------------------------------------------------------------------------
 
-PACKAGES = {
-    "sys.modules['requests'] = None\n": "requests can't be imported: Mod",
-    "sys.modules['dotenv'] = None\n": "dotenv can't be imported: Mod",
-}
 
-
-@pytest.mark.parametrize("code, says", PACKAGES.items())
-def test_a_package_that_can_not_be_used_is_named_in_one_line(
-    place: Workplace, code: str, says: str
-) -> None:
+@pytest.mark.parametrize("name", ["requests", "dotenv"])
+def test_a_package_that_can_not_be_used_is_named_in_one_line(place: Workplace, name: str) -> None:
     (place.folder / ".env").write_text("DEVREV_TIMEOUT=30\n", encoding="utf-8")
     (place.folder / ".env").chmod(0o600)
-    with serving(place) as (sandbox, _):
-        result = place.run(sandbox, check=2, **machine(place.folder / "site", code))
+    with place.serving() as (sandbox, _):
+        extra = place.machine(f"sys.modules['{name}'] = None\n")
+        result = place.run(sandbox, check=2, **extra)
         assert len(result.err.splitlines()) == 1 and sandbox.requests == []
-    assert result.err.startswith("error: ") and says in result.err
+    assert result.err.startswith(f"error: the package {name} can't be imported: Mod")
 
 
 def test_a_preview_needs_no_package_for_requests(place: Workplace) -> None:
     place.export(organisation_of_pairs(1)[0])
-    code = "sys.modules['requests'] = sys.modules['ratelimit'] = None\n"
-    extra = machine(place.folder / "site", code)
+    extra = place.machine("sys.modules['requests'] = sys.modules['ratelimit'] = None\n")
     assert "1 pair to merge" in place.run(None, "--preview", check=0, **extra).out
 
 
@@ -336,7 +281,7 @@ def test_nothing_is_imported_from_the_scripts_folder(place: Workplace, as_module
     for name in NAMES:
         code = f"open('imported {name}', 'w')\nraise RuntimeError\n"
         (place.folder / f"{name}.py").write_text(code, encoding="utf-8")
-    with serving(place) as (sandbox, pairs):
+    with place.serving() as (sandbox, pairs):
         program = ["-m", SCRIPT.stem] if as_module else [SCRIPT.name]
         done = subprocess.run(
             [sys.executable, *program, "--csv", "contacts.csv", "--yes"],
@@ -353,7 +298,7 @@ def test_nothing_is_imported_from_the_scripts_folder(place: Workplace, as_module
 
 @posix
 def test_nothing_is_rewritten_on_a_dumb_terminal(place: Workplace) -> None:
-    with serving(place, 3, latency=0.05) as (sandbox, pairs):
+    with place.serving(3, latency=0.05) as (sandbox, pairs):
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", TERM="dumb")
         assert terminal.end() == 0
     assert_merged(sandbox.organisation, pairs)
@@ -364,7 +309,7 @@ def test_nothing_is_rewritten_on_a_dumb_terminal(place: Workplace) -> None:
 
 
 def test_names_of_files_are_in_utc(place: Workplace) -> None:
-    with serving(place) as (sandbox, _):
+    with place.serving() as (sandbox, _):
         before = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
         place.run(sandbox, check=0, TZ="Etc/GMT+7")
         after = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
@@ -412,14 +357,14 @@ def test_backups_on_another_disk_are_this_folders(
 
 def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> None:
     script = os.path.relpath(str(SCRIPT), str(place.folder))
-    reading = "--csv", "my contacts.csv"
+    reading = ("--csv", "my contacts.csv")
 
     def step(*options: str) -> List[str]:
-        done = exactly(place, sandbox, *options, script=script)
+        done = place.exactly(sandbox, *options, script=script)
         assert done.returncode == 0, done.stderr
         return re.findall(r"(?m)^next: .*\n\s*(.*?)\s*$", done.stderr)
 
-    with Sandbox(organisation_of_pairs(3)[0]) as sandbox:
+    with place.serving(3) as (sandbox, _):
         (preview,) = step("--export", "my contacts.csv")
         assert preview.endswith("my contacts.csv' --preview --live") or os.name == "nt"
         (live,) = step(*reading, "--preview", "--count-policy", "at-least")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Callable
 
 import pytest
@@ -28,9 +27,9 @@ from tests.support import (
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 
 
-def wait_until(is_so: Callable[[], bool], pid: int = 0, seconds: float = 60) -> None:
+def wait_until(is_so: Callable[[], bool], pid: int = 0) -> None:
     """Wait for something; fail where it takes too long, or where the process has ended."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline, "it takes too long"
         assert not pid or os.waitpid(pid, os.WNOHANG)[0] == 0, "the process has ended"
@@ -52,10 +51,8 @@ def pairs_without_a_group(count: int) -> Organisation:
 def test_on_a_terminal_only_a_typed_merge_continues(
     place: Workplace, typed: str, code: int, merged: int
 ) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    plan = place.run(None, "--preview", "-q", check=0).out.splitlines()[-2]
-    with Sandbox(organisation) as sandbox:
+    with place.serving(2) as (sandbox, pairs):
+        plan = place.run(None, "--preview", "-q", check=0).out.splitlines()[-2]
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv")
         text = terminal.read_until("Type merge")
         for fact in (
@@ -66,15 +63,14 @@ def test_on_a_terminal_only_a_typed_merge_continues(
         assert sandbox.count("rev-users.merge") == 0
         terminal.type(typed)
         assert terminal.end() == code, terminal.text
-    assert_merged(organisation, pairs[:merged])
+    assert_merged(sandbox.organisation, pairs[:merged])
 
 
 @posix
 def test_what_earlier_runs_left_is_in_the_question(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])
-    with Sandbox(organisation, faults=[never]) as sandbox:
+    with place.serving(2) as (sandbox, pairs):
+        match = {"primary_user": pairs[0][0], "secondary_user": pairs[0][1]}.__eq__
+        sandbox.faults.append(Fault("merge-never", match=match))
         place.run(sandbox, "--merge-timeout", "1", check=1)
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--limit", "1", columns=200)
         words = "first         finish 1 pair of earlier runs: Person 1 / P. 1"
@@ -85,15 +81,13 @@ def test_what_earlier_runs_left_is_in_the_question(place: Workplace) -> None:
 
 @posix
 def test_yes_asks_nothing_and_a_status_line_tells_what_is_merged(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(6)
-    place.export(organisation)
-    with Sandbox(organisation, latency=0.02, quota=(20, 2)) as sandbox:
+    with place.serving(6, latency=0.02, quota=(20, 2)) as (sandbox, pairs):
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
         assert terminal.end() == 0
     assert "Type merge" not in terminal.text
     assert re.search(r"\d of 6 pairs merged", terminal.text)
     assert re.search(r"\d of 6 pairs merged \u00b7 waiting .* \(quota", terminal.text)
-    assert_merged(organisation, pairs)
+    assert_merged(sandbox.organisation, pairs)
 
 
 @posix
@@ -131,16 +125,14 @@ def test_help_and_version_write_nothing(place: Workplace, option: str, word: str
 
 
 def test_output_that_is_not_read_any_more_does_not_stop_a_run(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    with Sandbox(organisation, latency=0.02) as sandbox:
+    with place.serving(2, latency=0.02) as (sandbox, pairs):
         process = place.start(sandbox)
         assert process.stdout and process.stderr
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
         assert process.wait(timeout=60) == 0
         process.stderr.close()
-    assert_merged(organisation, pairs)
+    assert_merged(sandbox.organisation, pairs)
 
 
 @posix
@@ -160,9 +152,7 @@ def test_results_that_can_not_be_written_are_exit_3(place: Workplace, options: l
 def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_continue(
     place: Workplace, name: str, code: int
 ) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("hang", "rev-users.get", detail=60)]) as sandbox:
+    with place.serving(faults=[Fault("hang", "rev-users.get", detail=60)]) as (sandbox, _):
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
         wait_until(lambda: sandbox.count("rev-users.get") > 0, terminal.pid)
         os.kill(terminal.pid, getattr(signal, name))
@@ -181,12 +171,10 @@ def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_continue(
 def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signal(
     place: Workplace,
 ) -> None:
-    organisation, _ = organisation_of_pairs(30)
-    place.export(organisation)
-    with Sandbox(organisation, latency=0.1) as sandbox:
+    with place.serving(30, latency=0.1) as (sandbox, _):
         # which nobody reads
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", "-v")
-        wait_until(lambda: len(organisation.merges) >= 10, terminal.pid)
+        wait_until(lambda: len(sandbox.organisation.merges) >= 10, terminal.pid)
         os.kill(terminal.pid, signal.SIGTERM)
         ended = []
         wait_until(lambda: bool(ended.append(os.waitpid(terminal.pid, os.WNOHANG)) or ended[-1][0]))
@@ -197,9 +185,7 @@ def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signa
 
 
 def test_a_closed_terminal_loses_no_report_though_two_signals_come(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(20)
-    place.export(organisation)
-    with Sandbox(organisation, latency=0.1) as sandbox:
+    with place.serving(20, latency=0.1) as (sandbox, _):
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
         wait_until(lambda: sandbox.count("rev-users.merge") >= 3, terminal.pid)
         os.close(terminal.handle)  # for which the kernel sends one
@@ -211,17 +197,3 @@ def test_a_closed_terminal_loses_no_report_though_two_signals_come(place: Workpl
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 129
     (path,) = place.folder.glob("reports/*.json")
     assert json.loads(path.read_bytes())["run"]["exit_code"] == 129
-
-
-def test_status_while_a_run_is_in_progress_says_so_and_leaves_no_log(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(3)
-    place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", skip=1)]) as sandbox:
-        process = place.start(sandbox, "--merge-timeout", "60")
-        wait_until(lambda: sandbox.count("rev-users.merge") == 3 or process.poll() is not None)
-        out = place.run(None, "--status", check=0).out
-        process.kill()
-        process.communicate(timeout=60)
-    assert len(list(Path(place.folder, "logs").iterdir())) == 1
-    assert f"a run is in progress: process {process.pid} on " in out
-    assert "merge of 3 pairs: " in out and "unfinished  person" in out

@@ -17,7 +17,6 @@ import pytest
 import requests
 
 import merge_contacts as tool
-from tests.process.test_machines import exactly, machine, serving
 from tests.sections.test_requests import raw_server
 from tests.support import SCRIPT, Workplace, assert_merged, organisation_of_pairs
 
@@ -109,12 +108,6 @@ def test_an_env_file_that_others_may_read_is_named_with_the_chmod(
 # ----- strangers, links and modes -----------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def owned_by(monkeypatch: pytest.MonkeyPatch, owners: Dict[str, int], me: int) -> None:
     """Let these paths of the current folder belong to these users; all else to user 1000."""
 
@@ -192,7 +185,7 @@ def test_nothing_is_written_through_a_link(place: Workplace) -> None:
     victim.write_text("mine", encoding="utf-8")
     for name in ("logs", "reports", "backups"):
         (place.folder / name).mkdir(mode=0o700)
-    with serving(place) as (sandbox, pairs):
+    with place.serving() as (sandbox, pairs):
         process = place.start(sandbox, python=LINKS)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
@@ -237,7 +230,7 @@ def test_folders_that_others_may_write_are_closed_with_one_line(
     place.folder.chmod(0o777)
     (place.folder / name).mkdir()
     (place.folder / name).chmod(mode)
-    with serving(place) as (sandbox, _):
+    with place.serving() as (sandbox, _):
         result = place.run(sandbox, check=0)
     assert (place.folder / name).stat().st_mode & 0o777 == after
     said = result.err.count(f"others could write to {name}; it is open to you alone now")
@@ -251,7 +244,7 @@ def test_backups_that_are_a_link_to_a_larger_disk_are_used_as_they_are(place: Wo
     disk.mkdir()
     disk.chmod(0o775)
     (place.folder / "backups").symlink_to(disk)
-    with serving(place) as (sandbox, pairs):
+    with place.serving() as (sandbox, pairs):
         assert "warning" not in place.run(sandbox, check=0).err
     assert_merged(sandbox.organisation, pairs)
     assert disk.stat().st_mode & 0o777 == 0o775 and list(disk.glob("*/*/manifest.json"))
@@ -279,16 +272,6 @@ def test_where_modes_do_not_stick_one_warning_says_so(
         environment.make_private_dir(Path(name))
     (record,) = caplog.records
     assert "permissions can't be set" in record.getMessage()
-
-
-@pytest.mark.parametrize("name", ["backups", "logs", "reports"])
-def test_a_file_where_a_folder_is_needed_is_named_in_one_line(place: Workplace, name: str) -> None:
-    (place.folder / name).touch()
-    with serving(place) as (sandbox, _):
-        result = place.run(sandbox, check=3)
-        (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
-        assert name in line and "File exists" in line
-        assert sandbox.organisation.merges == []
 
 
 def test_calls_in_the_same_second_have_a_log_each(folder: Path) -> None:
@@ -379,10 +362,10 @@ def test_a_folder_whose_name_is_no_utf_8_is_a_folder_like_any_other(place: Workp
     odd.folder.mkdir()
     script = odd.folder / SCRIPT.name
     shutil.copy(str(SCRIPT), str(script))
-    with serving(odd, 2) as (sandbox, pairs):
+    with odd.serving(2) as (sandbox, pairs):
 
         def run(*options: str) -> str:
-            done = exactly(odd, sandbox, *options, script=str(script))
+            done = odd.exactly(sandbox, *options, script=str(script))
             assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
             return done.stdout
 
@@ -468,8 +451,8 @@ def lost_in_a_power_cut(events: List[List[str]]) -> Dict[str, Set[str]]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_a_power_cut_loses_no_backup_of_a_requested_merge_and_no_report(place: Workplace) -> None:
-    with serving(place) as (sandbox, pairs):
-        place.run(sandbox, check=0, **machine(place.folder / "site", RECORDER))
+    with place.serving() as (sandbox, pairs):
+        place.run(sandbox, check=0, **place.machine(RECORDER))
     lines = (place.folder / "events.txt").read_text(encoding="utf-8").splitlines()
     moments = lost_in_a_power_cut([line.split(" | ") for line in lines])
     assert len(moments) == len(pairs) + 1

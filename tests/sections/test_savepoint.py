@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import sqlite3
-import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
@@ -27,11 +26,10 @@ from merge_contacts import (
     StoredRow,
     winning_row,
 )
-from tests.sandbox import Fault, Organisation, Sandbox
+from tests.sandbox import Fault, Sandbox
 from tests.simulation.scene import Scene
-from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
+from tests.support import ROOT, Pairs, Workplace, assert_merged, organisation_of_pairs
 
-odd_machine = [sys.executable, str(ROOT / "tests" / "process" / "odd_machine.py")]
 REVU = "don:identity:dvrv-us-1:devo/ACME:revu/"
 
 
@@ -80,12 +78,6 @@ def test_which_row_wins(one: Any, other: Any, winner: int) -> None:
 # -- two files, one content ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @contextlib.contextmanager
 def opened(run: str = "20250131_130000", readonly: bool = False) -> Iterator[SavePoint]:
     environment = Environment(ApiSettings(token=""))
@@ -129,19 +121,19 @@ def swap() -> None:
     SAVEPOINT_COPY.write_bytes(ours)
 
 
-@pytest.mark.parametrize(
-    "happen",
-    [
-        lambda: SAVEPOINT.unlink(),
-        lambda: SAVEPOINT_COPY.unlink(),
-        lambda: shutil.copy("old-savepoint.db", str(SAVEPOINT)),
-        lambda: shutil.copy("old-copy.db", str(SAVEPOINT_COPY)),
-        swap,
-        lambda: SAVEPOINT.write_bytes(b""),
-        lambda: SAVEPOINT_COPY.write_bytes(b""),
-        lambda: None,
-    ],
-)
+LOSSES = [
+    SAVEPOINT.unlink,
+    SAVEPOINT_COPY.unlink,
+    lambda: shutil.copy("old-savepoint.db", str(SAVEPOINT)),
+    lambda: shutil.copy("old-copy.db", str(SAVEPOINT_COPY)),
+    swap,
+    lambda: SAVEPOINT.write_bytes(b""),
+    lambda: SAVEPOINT_COPY.write_bytes(b""),
+    lambda: None,
+]
+
+
+@pytest.mark.parametrize("happen", LOSSES, ids=range(len(LOSSES)))
 @pytest.mark.parametrize("readonly", [False, True])
 def test_a_file_that_is_lost_or_old_loses_nothing(
     folder: Path, happen: Callable[[], Any], readonly: bool, caplog: pytest.LogCaptureFixture
@@ -177,6 +169,43 @@ def test_rows_that_disagree_at_one_revision_are_named_and_the_one_that_says_more
     assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY)
 
 
+def leave_hot_journal(path: Path) -> None:
+    """Leave the file as a killed process does: pages written, and their journal beside it."""
+    with database(path) as db:
+        db.execute("PRAGMA cache_size = 1")
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("UPDATE pairs SET state = 'nonsense', document = '{}'")
+        db.execute("CREATE TABLE junk (text TEXT)")
+        db.executemany("INSERT INTO junk VALUES (?)", [("x" * 3000,)] * 200)
+        for tail in ("", "-journal"):
+            shutil.copy(f"{path}{tail}", f"hot{tail}")
+        db.execute("ROLLBACK")
+    for tail in ("", "-journal"):
+        os.replace(f"hot{tail}", f"{path}{tail}")
+
+
+@pytest.mark.parametrize("path", [SAVEPOINT, SAVEPOINT_COPY])
+def test_what_a_kill_tears_is_read_without_being_touched(folder: Path, path: Path) -> None:
+    fill()
+    leave_hot_journal(path)
+    journal = Path(f"{path}-journal")
+    before = (contents(), journal.read_bytes())
+    for readonly in (True, False):
+        with opened("20250131_130000", readonly) as savepoint:
+            assert states(savepoint) == {"p1": "done", "p2": "merged", "p3": "failed"}
+        assert not readonly or before == (contents(), journal.read_bytes())
+    assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY)
+
+
+def test_a_write_that_neither_file_takes_is_an_error(folder: Path) -> None:
+    with opened() as savepoint:
+        for file in savepoint.files:
+            file.db.execute("PRAGMA query_only = ON")
+        with pytest.raises(FatalError) as stopped:
+            savepoint.save_now([pair_of(1)])
+    assert stopped.value.exit_code == 3
+
+
 # -- files that can't be used ----------------------------------------------------------------------
 
 
@@ -189,18 +218,18 @@ def refusal(readonly: bool = False) -> FatalError:
     return refused.value
 
 
+DAMAGES = [
+    lambda data: b"not a database at all" * 50,
+    lambda data: data[:5000],
+    lambda data: data[:50],
+    lambda data: data[:4096] + os.urandom(4096) + data[8192:],
+    # Only a check of all pages finds one that belongs to nothing.
+    lambda data: data[:31] + bytes([data[31] + 1]) + data[32:] + bytes(4096),
+]
+
+
 @pytest.mark.parametrize("path, other", [(SAVEPOINT, SAVEPOINT_COPY), (SAVEPOINT_COPY, SAVEPOINT)])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"not a database at all" * 50,
-        lambda data: data[:5000],
-        lambda data: data[:50],
-        lambda data: data[:4096] + os.urandom(4096) + data[8192:],
-        # Only a check of all pages finds one that belongs to nothing.
-        lambda data: data[:31] + bytes([data[31] + 1]) + data[32:] + bytes(4096),
-    ],
-)
+@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
 def test_a_damaged_file_is_left_as_it_is_and_the_other_named(
     folder: Path, path: Path, other: Path, damage: Callable[[bytes], bytes]
 ) -> None:
@@ -237,14 +266,6 @@ def test_a_run_id_that_a_run_has_already_is_not_given_again(folder: Path) -> Non
 # -- through the front door ------------------------------------------------------------------------
 
 
-def assert_each_in_one_report(place: Workplace, pairs: List[Tuple[str, str]]) -> None:
-    found = []
-    for path in (place.folder / "reports").glob("*.json"):
-        for one in json.loads(path.read_bytes())["successful_merges"]:
-            found.append((one["primary"]["id"], one["duplicate"]["id"]))
-    assert sorted(found) == sorted(pairs)
-
-
 @pytest.mark.parametrize(
     "step, stored",
     [
@@ -269,62 +290,43 @@ def test_a_request_that_was_killed_while_it_was_written_is_polled_for(
 
 @pytest.mark.parametrize("path", ["savepoint.db", "savepoint-copy.db"])
 def test_where_one_file_can_not_be_written_nothing_more_is_requested(
-    place: Workplace, path: str
+    scene: Scene, path: str
 ) -> None:
-    organisation, pairs = organisation_of_pairs(6)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        refused = place.run(sandbox, python=[*odd_machine, f"disk={path}:1"], check=3)
-        assert path in refused.err and not sandbox.requests
-        # Opening, the organisation and the run's row are a write each, then come the intents.
-        result = place.run(sandbox, python=[*odd_machine, f"disk={path}:6"], check=3)
-        requested = sandbox.count("rev-users.merge")
-        assert 0 < requested < 6 and "can't be written any more" in result.err
-        for primary, _ in organisation.merges:
-            assert organisation.contacts[primary]["external_ref"].startswith("user_")
-        place.run(sandbox, "--merge-timeout", "4", check=0)
-    assert_merged(organisation, pairs)
-    assert_each_in_one_report(place, pairs)
-
-
-@pytest.mark.parametrize("name", ["savepoint.db", "savepoint-copy.db"])
-@pytest.mark.parametrize("number", [1, 6])
-def test_what_a_kill_tears_is_read_without_being_touched(
-    scene: Scene, name: str, number: int
-) -> None:
-    scene.pair(1)
-    scene.kill(f"in the middle of the commit of {name}", number)
-    scene.merge()
-    before = {path: path.read_bytes() for path in Path().rglob("savepoint*")}
-    assert any(path.name.endswith("-journal") for path in before) or number == 1
-    assert scene.run("--status").code == 0
-    assert before == {path: path.read_bytes() for path in Path().rglob("savepoint*")}
-    assert scene.merge().code == 0
+    pairs = scene.pairs(6)
+    scene.fill_disk(f"commit of {path}", 1)
+    refused = scene.merge()
+    assert refused.code == 3 and path in refused.refusal and not refused.requests
+    # Opening, the organisation and the run's row are a write each, then come the intents.
+    scene.fill_disk(f"commit of {path}", 6)
+    run = scene.merge()
+    assert run.code == 3 and f"{path} can't be written any more" in str(run.report["run"])
+    assert 0 < run.count("rev-users.merge") < 6
+    for primary, _ in scene.organisation.merges:
+        assert scene.reference(primary).startswith("user_")
+    assert scene.merge().code == 0 and scene.merged(*pairs)
 
 
 def test_a_second_run_in_the_folder_is_told_who_holds_it_and_status_and_preview_work_meanwhile(
     place: Workplace,
 ) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("hang", "works.list", times=1, detail=30)]) as sandbox:
+    hanging = Fault("hang", "works.list", times=1, detail=30)
+    with place.serving(2, faults=[hanging]) as (sandbox, pairs):
         first = place.start(sandbox)
         while not sandbox.count("works.list"):
             time.sleep(0.01)
         assert f"process {first.pid}" in place.run(sandbox, check=11).err
         assert f"in progress: process {first.pid}" in place.run(None, "--status", check=0).out
+        assert len(list((place.folder / "logs").iterdir())) == 2  # and none of --status
         assert "2 pairs to merge" in place.run(None, "--preview", check=0).out
         first.kill()
         first.communicate()
         assert "was killed" in place.run(None, "--status", check=0).out
         place.run(sandbox, check=0)
-    assert_merged(organisation, pairs)
+    assert_merged(sandbox.organisation, pairs)
 
 
 def test_rows_of_another_organisation_stay_and_one_line_says_so(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge")]) as sandbox:
+    with place.serving(faults=[Fault("merge-never", "rev-users.merge")]) as (sandbox, pairs):
         place.run(sandbox, "--merge-timeout", "0.5", check=1)
         sandbox.faults.clear()
         for path in (place.folder / SAVEPOINT, place.folder / SAVEPOINT_COPY):
@@ -333,7 +335,7 @@ def test_rows_of_another_organisation_stay_and_one_line_says_so(place: Workplace
                     db.execute(f"UPDATE pairs SET {name} = replace({name}, 'BOX1', 'BOX2')")
         result = place.run(sandbox, "--merge-timeout", "0.5", check=0)
         assert "1 pair of another organisation" in result.err
-    assert_merged(organisation, pairs)
+    assert_merged(sandbox.organisation, pairs)
     with database(place.folder / SAVEPOINT) as db:
         assert sorted(db.execute("SELECT organisation, state FROM pairs")) == [
             ("dvrv-us-1:devo/SANDBOX1", "done"), ("dvrv-us-1:devo/SANDBOX2", "acknowledged"),
@@ -356,7 +358,7 @@ def test_a_clock_that_was_set_is_no_reason_to_wait_longer_than_the_merge_timeout
 
 def test_a_savepoint_that_is_lost_with_its_copy_is_not_taken_for_a_new_folder(scene: Scene) -> None:
     pairs = scene.pairs(2)
-    files = ("savepoint.db", "savepoint-copy.db")
+    files = (SAVEPOINT.name, SAVEPOINT_COPY.name)
     scene.merge("--limit", "1")
     scene.keep(*files)
     scene.merge()
@@ -381,8 +383,7 @@ def test_a_killed_run_gets_its_report_from_the_next_and_each_pair_stands_in_one(
 ) -> None:
     pairs = scene.pairs(4)
     scene.kill("sending rev-users.merge", 3)
-    assert scene.merge("--workers", "1").code is None
-    assert not list(Path("reports").iterdir())
+    assert scene.merge("--workers", "1").killed and not list(Path("reports").iterdir())
     assert scene.merge().code == 0 and scene.merged(*pairs)
     paths = sorted(Path("reports").glob("*.json"))
     first, second = (json.loads(path.read_bytes()) for path in paths)
@@ -412,18 +413,17 @@ def change_documents(path: Path, change: Callable[[Any], Any]) -> None:
         db.execute("UPDATE pairs SET document = ? WHERE state = 'done'", (changed,))
 
 
+UNKNOWN = [
+    ({"state": "paused"}, "'paused'"),
+    ({"undo": {**UNDO, "state_before": "paused"}}, "'paused'"),
+    ({"undo": {"path": "x"}}, "state_before"),
+    ([], "list"),
+]
+
+
 @pytest.mark.parametrize("readonly", [False, True])
 @pytest.mark.parametrize("path", [SAVEPOINT, SAVEPOINT_COPY])
-@pytest.mark.parametrize(
-    "change, word",
-    [
-        ({"state": "paused"}, "'paused'"),
-        ({"undo": {**UNDO, "state_before": "paused"}}, "'paused'"),
-        ({"undo": {"path": "x"}}, "state_before"),
-        ([], "list"),
-    ],
-    ids=["state", "state before an undo", "an undo without its fields", "no object"],
-)
+@pytest.mark.parametrize("change, word", UNKNOWN)
 def test_what_this_version_does_not_understand_is_refused_and_left_as_it_is(
     folder: Path, change: Any, word: str, path: Path, readonly: bool
 ) -> None:
@@ -499,14 +499,14 @@ def left_by_3_0_0(place: Workplace, name: str, references: int, count: int = 2) 
         with database(place.folder / path) as db:
             db.execute("UPDATE pairs SET document = json_set(document, '$.mood', 'good')")
     with Sandbox(organisation) as sandbox:
-        yield sandbox, organisation, pairs
+        yield sandbox, pairs
     for path in FILES:
         documents = [json.loads(row[-1]) for row in rows_of(place.folder / path) if len(row) == 9]
         assert documents and all(one["mood"] == "good" for one in documents)
 
 
-def assert_two_are_undone(organisation: Organisation) -> None:
-    alive = [one for one in organisation.contacts.values() if one["state"] == "active"]
+def assert_two_are_undone(sandbox: Sandbox) -> None:
+    alive = [one for one in sandbox.organisation.contacts.values() if one["state"] == "active"]
     references = sorted(one["external_ref"] for one in alive)
     assert references == ["REVU-P1", "REVU-P2", "user_1", "user_2"]
 
@@ -516,36 +516,41 @@ def assert_two_are_undone(organisation: Organisation) -> None:
 def test_a_run_of_3_0_0_killed_between_merge_and_reference_is_finished(
     place: Workplace, references: int, lost: Optional[Path]
 ) -> None:
-    with left_by_3_0_0(place, "killed_in_merge", references, 3) as (sandbox, organisation, pairs):
+    with left_by_3_0_0(place, "killed_in_merge", references, 3) as (sandbox, pairs):
         if lost:
             (place.folder / lost).unlink()
         assert "was killed" in place.run(None, "--status", check=0).out
         place.run(sandbox, "--merge-timeout", "8", check=0)
         assert sandbox.count("rev-users.merge") == 0
-    assert_merged(organisation, pairs)
-    assert_each_in_one_report(place, pairs)
+    assert_merged(sandbox.organisation, pairs)
+    found: Pairs = []
+    for path in (place.folder / "reports").glob("*.json"):
+        entries = json.loads(path.read_bytes())["successful_merges"]
+        found += [(one["primary"]["id"], one["duplicate"]["id"]) for one in entries]
+    assert sorted(found) == sorted(pairs)
 
 
 @pytest.mark.parametrize("created", [False, True])
 def test_an_undo_of_3_0_0_killed_while_it_created_a_contact_is_finished(
     place: Workplace, created: bool
 ) -> None:
-    with left_by_3_0_0(place, "killed_in_undo", 2) as (sandbox, organisation, pairs):
+    with left_by_3_0_0(place, "killed_in_undo", 2) as (sandbox, pairs):
+        organisation = sandbox.organisation
         organisation.change(organisation.contacts[pairs[0][0]], external_ref="REVU-P1")
         if created:  # and the answer never heard
             organisation.add_contact("N9", "person1@example.com", "user_1")
         (report,) = (place.folder / "reports").glob("*.json")
         place.run(sandbox, "--undo", f"reports/{report.name}", check=0)
         assert sandbox.count("rev-users.create") == (1 if created else 2)
-    assert_two_are_undone(organisation)
+    assert_two_are_undone(sandbox)
     assert {row[4] for row in rows_of(place.folder / SAVEPOINT) if len(row) == 9} == {"undone"}
 
 
 def test_a_finished_folder_of_3_0_0_is_known_and_can_be_undone(place: Workplace) -> None:
-    with left_by_3_0_0(place, "finished", 2) as (sandbox, organisation, _):
+    with left_by_3_0_0(place, "finished", 2) as (sandbox, _):
         (report,) = (place.folder / "reports").glob("*.json")
         assert "2 complete backups" in place.run(None, "--verify-backups", check=0).out
         assert place.run(sandbox, check=0).report["summary"]["already_merged"] == 2
         place.run(sandbox, "--undo", f"reports/{report.name}", check=0)
         assert sandbox.count("rev-users.merge") == 0
-    assert_two_are_undone(organisation)
+    assert_two_are_undone(sandbox)
