@@ -5442,12 +5442,13 @@ class PairMerge:
         preconditions = self.run.preconditions
         self.rejection = None
         pair.begin_request(context.environment.now().wall)
-        preconditions.note_backup(pair)
-        if context.options.carry_fields:
-            duplicate = preconditions.live[pair.duplicate.id]
-            pair.fields_to_carry = fields_to_carry({}, duplicate)
-            pair.carries_last = True
         try:
+            preconditions.require_fresh()  # another pair of the group may have them read again
+            preconditions.note_backup(pair)
+            if context.options.carry_fields:
+                duplicate = preconditions.live[pair.duplicate.id]
+                pair.fields_to_carry = fields_to_carry({}, duplicate)
+                pair.carries_last = True
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
             preconditions.require_fresh()
@@ -5605,6 +5606,7 @@ class PairMerge:
         else is waited for."""
         pair = self.pair
         pair.carries_last = True
+        pair.reference_not_set = ""  # it was noted while the merge was cancelled
         if pair.new_ref:
             with contextlib.suppress(PairError):  # it is written as DevRev spells it
                 own = str(self.verifier.backed_up.duplicate.get("external_ref"))

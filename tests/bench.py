@@ -3,11 +3,10 @@
     python -m tests.bench                          everything, some two minutes
     python -m tests.bench --only latency           one part (may be repeated)
     python -m tests.bench --only csv --rows 100000 a smaller CSV
-    python -m tests.bench --markdown               tables for the README
 
-Seconds say more about a machine than about a program, so the figures are ratios; where other work
-can spoil a figure, the best of a few rounds counts. A missed target is marked and does not change
-the exit code.
+It prints a table in Markdown. Seconds say more about a machine than about a program, so the figures
+are ratios; where other work can spoil a figure, the best of a few rounds counts. A missed target is
+marked and does not change the exit code.
 
 requests    DevRev's quota is the scarce thing. Counted are the requests a pair besides the
             timelines, which cost one request a ticket and conversation whatever the client does.
@@ -62,13 +61,6 @@ class Figure(NamedTuple):
     ratio: str = ""
     target: str = ""
     met: str = ""
-
-
-class Table(NamedTuple):
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 def at_most(
@@ -203,45 +195,22 @@ class OneAtATime:
 # -- the parts -----------------------------------------------------------------------------------
 
 
-def bench_requests(_rows: int) -> Iterator[Any]:
+def bench_requests(_rows: int) -> Iterator[Figure]:
     pairs = 100
-    organisation = organisation_of(pairs)
-    works, talks = len(organisation.works) / pairs, len(organisation.conversations) / pairs
-    tool = run_tool(organisation, merge_delay=0.1)
+    tool = run_tool(organisation_of(pairs), merge_delay=0.1)
     other = run_yardstick(organisation_of(pairs), merge_delay=0.1)
     each, others = tool.besides_timelines / pairs, other.besides_timelines / pairs
     name = f"requests a pair, besides timelines ({pairs} pairs)"
     yield at_most(name, each, 3.6, f"{each:.2f}", unit="")
     fewer = f"{others / each:.1f}x fewer"
     yield Figure("  as the one-at-a-time client", f"{each:.2f}", f"{others:.2f}", fewer)
-    rows = []
-    for endpoint in sorted({*tool.requests, *other.requests} - {TIMELINES}) + [TIMELINES]:
-        counts = (run.requests.get(endpoint, 0) for run in (tool, other))
-        rows.append([endpoint, *(f"{count / pairs:.2f}" for count in counts)])
-    rows.append(["all", f"{tool.total / pairs:.2f}", f"{other.total / pairs:.2f}"])
-    head = ("endpoint", "merge_contacts", "one at a time")
-    yield Table("Requests a pair, by endpoint", head, rows)
-    costs = {}
-    for count in (1_000, 100_000):
-        costs[f"{count:,}", "with"] = count * tool.total / pairs
-        costs[f"{count:,}", "without"] = count * each
-    note = f"A pair has {works:.1f} tickets and {talks:.1f} conversations; a request is a unit."
-    yield projection("Projection", ("pairs", "timelines"), costs, note)
+    for endpoint in sorted({*tool.requests, *other.requests}):
+        counts = (run.requests.get(endpoint, 0) / pairs for run in (tool, other))
+        yield Figure(f"  {endpoint}", *map("{:.2f}".format, counts))
+    yield Figure("  all", f"{tool.total / pairs:.2f}", f"{other.total / pairs:.2f}")
 
 
-def projection(
-    title: str, head: tuple[str, str], costs: Mapping[tuple[str, str], float], note: str = ""
-) -> Table:
-    """The hours that two quotas give many requests."""
-    rows = []
-    for names, units in costs.items():
-        hours = (units / 1_000 * 300 / 3600, units / 5_000 * 60 / 3600)
-        rows.append([*names, f"{units:,.0f}", *map("{:,.2f}".format, hours)])
-    quotas = ("hours at 1,000 in 5 min", "hours at 5,000 a min")
-    return Table(title, (*head, "units", *quotas), rows, note)
-
-
-def bench_quota(_rows: int) -> Iterator[Any]:
+def bench_quota(_rows: int) -> Iterator[Figure]:
     limit, window = 100, 3.0
     tool = run_tool(organisation_of(90), quota=(limit, window))
     total, refused = tool.total, tool.over_quota
@@ -251,7 +220,7 @@ def bench_quota(_rows: int) -> Iterator[Any]:
     yield at_most("  answered 429", refused / total, 0.01, f"{refused}", f"{total}", "%")
 
 
-def bench_latency(_rows: int) -> Iterator[Any]:
+def bench_latency(_rows: int) -> Iterator[Figure]:
     pairs, few, latency, delay = 60, 4, 0.06, 0.3
     start = least_use([[PYTHON, str(SCRIPT), "--version"]], ".")[0].seconds
     runs = [
@@ -269,7 +238,7 @@ def bench_latency(_rows: int) -> Iterator[Any]:
     yield Figure("  connections opened", str(tool.connections), f"{WORKERS} workers")
 
 
-def bench_gap(_rows: int) -> Iterator[Any]:
+def bench_gap(_rows: int) -> Iterator[Figure]:
     limit, window = 60, 6.0
     ceiling = {"DEVREV_RATE_LIMIT_CALLS": f"{limit}", "DEVREV_RATE_LIMIT_PERIOD": f"{window:g}"}
     cases: dict[str, dict[str, Any]] = {
@@ -302,7 +271,7 @@ for _ in range(int(count)):
 """
 
 
-def bench_cpu(_rows: int) -> Iterator[Any]:
+def bench_cpu(_rows: int) -> Iterator[Figure]:
     if os.name == "nt":
         return
     import resource
@@ -335,10 +304,9 @@ print(((found["user"] == 1) & (found["system"] >= 1)).sum())
 """
 
 
-def bench_csv(rows: int) -> Iterator[Any]:
+def bench_csv(rows: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
-        progress(f"writing {rows:,} rows")
         pairs = write_big_csv(path, rows)
         commands = [[PYTHON, str(SCRIPT), "--csv", str(path), "--preview"]]
         if importlib.util.find_spec("pandas"):
@@ -359,7 +327,7 @@ def bench_csv(rows: int) -> Iterator[Any]:
         yield figure if rows >= 1_000_000 else figure._replace(target="", met="")
 
 
-def bench_export(_rows: int) -> Iterator[Any]:
+def bench_export(_rows: int) -> Iterator[Figure]:
     pairs, contacts = 500, 10_000
     organisation = organisation_of(pairs)
     for number in range(contacts - 2 * pairs):
@@ -367,7 +335,7 @@ def bench_export(_rows: int) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder, Sandbox(organisation) as sandbox:
         settings = dict(sandbox.environment(), DEVREV_RATE_LIMIT_CALLS="0")
         command = [PYTHON, str(SCRIPT), "--export", "contacts.csv"]
-        use = use_of(command, folder, "took", settings)
+        use = use_of(command, folder, "exported", settings)
         seen = Counter(request.endpoint for request in sandbox.requests)
     each = seen["works.list"] / (2 * pairs) * 100
     which = f"of the contacts whose email recurs ({2 * pairs:,} of {contacts:,})"
@@ -375,14 +343,9 @@ def bench_export(_rows: int) -> Iterator[Any]:
     pages, least = str(seen["rev-users.list"]), str(contacts // 100)
     yield Figure(f"  for the list of all {contacts:,} contacts", pages, least)
     yield Figure("  peak memory", use.memory)
-    costs = {}
-    for count in (10_000, 100_000):
-        for share in (0.1, 0.5):
-            costs[f"{count:,}", f"{share:.0%}"] = count / 100 + count * share / 100 * each
-    yield projection("Projection of an export", ("contacts", "email recurs"), costs)
 
 
-def bench_start(_rows: int) -> Iterator[Any]:
+def bench_start(_rows: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
         write_big_csv(path, 2)
@@ -408,29 +371,26 @@ PARTS = {
 
 FIRST = ("Ana", "Ben", "Chloé", "Dmitri", "Elif", "Femi", "Grace", "Hiro", "Inés", "João", "Liam")
 LAST = ("Abe", "Brandt", "Costa", "Eze", "Fischer", "García", "Haddad", "Ito", "López", "Müller")
-DOMAINS = ("example.com", "mail.example.org", "corp.example.net", "example.co.uk")
 
 
 def write_big_csv(path: Path, rows: int) -> int:
     """Write an export of which a tenth are pairs, shuffled; returns the pairs."""
     pairs = max(1, rows // 20)
     numbers = list(range(rows))
-    chance = random.Random(1)
-    chance.shuffle(numbers)
+    random.Random(1).shuffle(numbers)
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        writer.writerows(big_row(number, number < 2 * pairs, chance) for number in numbers)
+        writer.writerows(big_row(number, number < 2 * pairs) for number in numbers)
     return pairs
 
 
-def big_row(number: int, paired: bool, chance: random.Random) -> tuple[str, ...]:
+def big_row(number: int, paired: bool) -> tuple[str, ...]:
     """One contact. Numbers 2n and 2n + 1 of the paired are one person, spelt in two ways."""
     person = number // 2 if paired else number
     first, last = FIRST[person % len(FIRST)], LAST[person // len(FIRST) % len(LAST)]
-    key = f"{number * 2654435761 % 2**32:08X}"
-    email = f"{first}.{last}{person}@{DOMAINS[person % len(DOMAINS)]}".lower()
-    is_user = bool(number % 2)
+    key, is_user = f"{number * 2654435761 % 2**32:08X}", bool(number % 2)
+    email = f"{first}.{last}{person}@example.{('com', 'org')[person % 2]}".lower()
     day = f"0{number % 9 + 1}-{number % 28 + 1:02d}T{number % 24:02d}"
     return (
         f"don:identity:dvrv-us-1:devo/BENCH1:revu/{key}",
@@ -438,7 +398,7 @@ def big_row(number: int, paired: bool, chance: random.Random) -> tuple[str, ...]
         email.capitalize() if paired and is_user and number % 3 == 0 else email,
         f"user_{number * 11400714819323198485 % 2**64:016x}" if is_user else f"REVU-{key}",
         f"{first} {last}",
-        str(min(int(chance.expovariate(0.4)), 200)),
+        str(number % 7),
         f"202{number % 5}-{day}:15:00.000Z",
         f"2025-{day}:45:00.000Z",
     )
@@ -460,16 +420,17 @@ class Use(NamedTuple):
 
 # A child counts the peak of whoever started it as its own, so a small process has to start it.
 MEASURE = """
-import json, os, subprocess, sys, time
-with open(sys.argv[1], "wb") as out:
-    begun = time.monotonic()
-    child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=out)
-    if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(child.pid, 0)
-        failed, peak = bool(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    else:
-        failed, peak = bool(child.wait()), 0
-print(json.dumps([failed, time.monotonic() - begun, peak / 1e6]))
+import json, subprocess, sys, time
+begun = time.monotonic()
+quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+child = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True, **quiet)
+seconds, peak = time.monotonic() - begun, 0
+if sys.platform != "win32":
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6
+last = child.stdout.decode("utf-8", "replace").rstrip().rpartition("\\n")[2]
+print(json.dumps([last, seconds, peak]))
 """
 
 
@@ -478,17 +439,11 @@ def use_of(
 ) -> Use:
     """Run a command once, the last line of whose output begins with what is expected."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DEVREV_")}
-    out = Path(folder).resolve() / ".output"
-    measured = subprocess.check_output(
-        [PYTHON, "-c", MEASURE, str(out), *command],
-        cwd=folder,
-        env={**kept, "PYTHONIOENCODING": "utf-8", **settings},
-    )
-    failed, seconds, megabytes = json.loads(measured)
-    last = out.read_bytes()[-200:].decode("utf-8", "replace").rstrip().rpartition("\n")[2]
-    out.unlink()
-    assert not failed and last.startswith(expected), f"{command[1:4]} ended with {last!r}"
-    return Use(seconds, megabytes)
+    environment = {**kept, "PYTHONIOENCODING": "utf-8", **settings}
+    start = [PYTHON, "-c", MEASURE, *command]
+    last, *used = json.loads(subprocess.check_output(start, cwd=folder, env=environment))
+    assert last.startswith(expected), f"{command[1:4]} ended with {last!r}"
+    return Use(*used)
 
 
 def least_use(
@@ -504,22 +459,14 @@ def least_use(
 
 # -- showing it ----------------------------------------------------------------------------------
 
-
-def as_text(table: Table) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(table.head, *table.rows)]
-    rows = (table.head, ["-" * width for width in widths], *table.rows)
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([table.title, "", *lines, table.note]).rstrip()
+HEAD = Figure("what", "measured", "yardstick", "ratio", "target")
 
 
-def as_markdown(table: Table) -> str:
-    rows = [table.head, ["---"] * len(table.head), *table.rows]
-    lines = ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
-    return "\n".join([f"### {table.title}", "", *lines, "", table.note]).rstrip()
-
-
-def progress(text: str) -> None:
-    print(f"  {text} ...", file=sys.stderr, flush=True)
+def shown(figures: Sequence[Figure]) -> str:
+    """A table in Markdown."""
+    widths = [max(map(len, column)) for column in zip(HEAD, *figures)]
+    rows = [HEAD, ["-" * width for width in widths], *figures]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 def main() -> None:
@@ -527,16 +474,12 @@ def main() -> None:
     only = "this part alone (may be repeated)"
     parser.add_argument("--only", action="append", choices=PARTS, help=only)
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the big CSV")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args()
-    found: list[Any] = []
+    figures: list[Figure] = []
     for name in options.only or PARTS:
-        progress(name)
-        found += PARTS[name](options.rows)
-    head = ("what", "measured", "yardstick", "ratio", "target", "")
-    figures = [one for one in found if isinstance(one, Figure)]
-    tables = [Table("Bench", head, figures), *(one for one in found if isinstance(one, Table))]
-    print("\n\n".join(map(as_markdown if options.markdown else as_text, tables)))
+        print(f"  {name} ...", file=sys.stderr, flush=True)
+        figures += PARTS[name](options.rows)
+    print(shown(figures))
 
 
 if __name__ == "__main__":

@@ -79,15 +79,16 @@ class Workplace:
     def start(
         self, sandbox: Optional[Sandbox], *options: str, python: Sequence[str] = (), **extra: str
     ) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.command(options, python),
-            cwd=str(self.folder),
-            env=self.environment(sandbox, extra),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
+        with hangups_heard():
+            return subprocess.Popen(
+                self.command(options, python),
+                cwd=str(self.folder),
+                env=self.environment(sandbox, extra),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
 
     def run(
         self,
@@ -165,6 +166,19 @@ class Workplace:
 
     def files(self) -> List[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+@contextlib.contextmanager
+def hangups_heard() -> Iterator[None]:
+    """Start a process that does not inherit from nohup that SIGHUP is ignored."""
+    if os.name == "nt":
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Terminal:

@@ -47,6 +47,25 @@ from tests.fake.trouble import (
 )
 
 
+class Choice:
+    """A switch that has one of a few values; the first is as usual."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = name
+        owner.CHOICES[name] = self.values
+
+    def __get__(self, world: Any, owner: Any) -> Any:
+        return vars(world).get(self.name, self.values[0]) if world else self.values[0]
+
+    def __set__(self, world: Any, value: Any) -> None:
+        if value not in self.values:
+            raise ValueError(f"{self.name}: {value!r} is none of {self.values}")
+        vars(world)[self.name] = value
+
+
 class World:
     """An organisation, how DevRev serves it, and the books of who asked what.
 
@@ -57,61 +76,41 @@ class World:
 
     GONE = ("404", "301", "state", "primary", "shadow", "unassigned")
     ODD = ("locked", "stale", *ODD_POLLS)
-    CHOICES: Mapping[str, Collection[Any]] = {
-        "gone": (*GONE, *ODD, "stays"),
-        "stays": STAYS,
-        "busy_status": (400, 409, 423, 425),
-        "reference_updates": ("works", "400", "403", "409"),
-        "unchanged_updates": (200, 400),
-        "paging": ("cursor", "again", "overlap", "offset"),
-        "unknown_kinds_answer": ("400", "400-bare", "403"),
-        "merge_answer": ("200", "200-empty", "200-other", "200-list", "202", "202-empty", "204"),
-        "unverified_merge": MERGE_MANNERS,
-        "verified_merge": MERGE_MANNERS,
-        "verified_shown": ("hidden", "shown", "null", "mixed"),
-        "verified_filter": ("accepted", "400", "403"),
-        "deleted_contacts": ("404", "state"),
-        "retry_after": ("both", "header", "body", "neither"),
-        "restricted_in_lists": ("shown", "left out", "403"),
-        "hidden_kinds_answer": ("403", "left out"),
-        "in_progress": (200, 400, 403, 409),
-    }
+    CHOICES: dict[str, tuple[Any, ...]] = {}  # the values of each Choice
     # Merges
     merge_delay = 0.3  # seconds from a merge's acknowledgement until it is carried out
-    merge_answer = "200"  # the acknowledgement; -empty: no body, -other and -list: another one
-    in_progress = 200  # status of a request for a merge that is pending already
-    unverified_merge = "works"  # of an unverified contact into a verified one; never: acknowledged
-    verified_merge = "works"  # of a verified contact into an unverified one
+    # The acknowledgement; -empty: no body, -other and -list: another one.
+    merge_answer = Choice("200", "200-empty", "200-other", "200-list", "202", "202-empty", "204")
+    in_progress = Choice(200, 400, 403, 409)  # status of a request for a merge that is pending
+    unverified_merge = Choice(*MERGE_MANNERS)  # of an unverified contact into a verified one
+    verified_merge = Choice(*MERGE_MANNERS)  # of a verified contact into an unverified one
     # How rev-users.get answers for a merged contact, while lists tell the truth: 301 names the
     # primary, primary is its record, shadow and unassigned have a primary_identity, stays is what
     # `stays` leaves; those of ODD tell nothing.
-    gone = "404"
+    gone = Choice(*GONE, *ODD, "stays")
     gone_of: Mapping[str, str] = {}  # the same for single contacts, by id
     moved_to = ""  # the base of the Location that a 301 names
-    stays = ""  # what is left of a merged contact in lists and, with gone="stays", by its id
+    stays = Choice(*STAYS)  # what is left of it in lists and, with gone="stays", by its id
     merge_jobs: int | None = None  # at a time; another merge is refused with "try again later"
-    busy_status = 409  # of that
+    busy_status = Choice(409, 400, 423, 425)  # of that
     # Contacts
-    verified_shown = "hidden"  # is_verified in answers; mixed: contact by contact
-    verified_filter = "accepted"  # is_verified as a filter
+    verified_shown = Choice("hidden", "shown", "null", "mixed")  # is_verified; mixed: one by one
+    verified_filter = Choice("accepted", "400", "403")  # is_verified as a filter
     hidden_fields: Collection[str] = ()  # that answers leave out, e.g. tags
-    refused_fields: Collection[
-        str
-    ] = ()  # that can't be set, everywhere or e.g. as rev-users.update.email
+    # Fields that can't be set, everywhere or e.g. as rev-users.update.email.
+    refused_fields: Collection[str] = ()
     refused_status = 400  # of that; 400 names the field
-    reference_updates = "works"  # what an update of a reference is answered with
-    unchanged_updates = 200  # status of an update that changes nothing
+    reference_updates = Choice("works", "400", "403", "409")  # the answer to an update of one
+    unchanged_updates = Choice(200, 400)  # status of an update that changes nothing
     reference_lag = 0.0  # seconds for which answers, but an update's own, show the former reference
     puts_back = 0.0  # how often something puts a former reference back after an update
     puts_back_after = 0.0  # so many seconds later
-    vanished: Collection[
-        str
-    ] = ()  # contacts for which all is as if they did not exist; "*" for all
+    vanished: Collection[str] = ()  # contacts that are as if they did not exist; "*" for all
     account_rev_orgs = False  # whether a contact can be made in a rev org that is an account
     unique_emails = False  # whether a contact can't be made with an email that another has
     email_ignores_case = False  # whether the filter email does
     deleted_listed = False  # whether lists show deleted and merged contacts
-    deleted_contacts = "404"  # how a deleted contact answers
+    deleted_contacts = Choice("404", "state")  # how a deleted contact answers
     # Lists
     list_lag = 0.0  # seconds that lists of contacts, works and conversations lag behind
     max_ids: int | None = None  # that a filter may name
@@ -120,27 +119,28 @@ class World:
     trailing_page = False  # whether a list ends with an empty page
     # again: a page comes a second time in place of the next; overlap: each begins with the last
     # item of the one before; offset: a list that changes while it is read shifts
-    paging = "cursor"
+    paging = Choice("cursor", "again", "overlap", "offset")
     paging_times: int | None = None  # how often that goes wrong; None: always
     cursor_life: float | None = None  # seconds after which a cursor is refused
     # Works
     long_work_types = False  # whether there are tasks, incidents and opportunities
     unknown_kinds: Collection[str] = ()  # that `type` does not know all the same
-    unknown_kinds_answer = "400"  # to a list that names one; 400 has allowed_values and value
+    # The answer to a list that names one; 400 has allowed_values and value.
+    unknown_kinds_answer = Choice("400", "400-bare", "403")
     hidden_kinds: Collection[str] = ()  # that the token may not read: of works, or conversation
-    hidden_kinds_answer = "403"  # to a list that asks for one
+    hidden_kinds_answer = Choice("403", "left out")  # to a list that asks for one
     # Refusals
     forbidden: Collection[str] = ()  # patterns of endpoints that the token may not use
     restricted: Collection[str] = ()  # ids for which every request that names them is 403
     restricted_timelines: Collection[str] = ()  # whose timeline is
     restricted_writes: Collection[str] = ()  # whose change is
-    restricted_in_lists = "shown"  # a list that would show a restricted object
+    restricted_in_lists = Choice("shown", "left out", "403")  # a list that would show one
     names_object_ids = True  # whether such a 403 does
     firewall: Collection[str] = ()  # words; a request with one of them is refused in HTML
     firewall_status = 403  # of that
     # Quota
     quota_headers = True  # whether answers carry X-Ratelimit-…
-    retry_after = "both"  # where a 429 says how long to wait
+    retry_after = Choice("both", "header", "body", "neither")  # where a 429 tells the wait
 
     def __init__(
         self,
@@ -179,11 +179,6 @@ class World:
         self._put_back: Counter[str] = Counter()
         self._events: list[tuple[float, int, Callable[[], Any]]] = []  # by when they are due
         self._numbers = itertools.count()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.CHOICES and value not in self.CHOICES[name]:
-            raise ValueError(f"{name}: {value!r} is none of {self.CHOICES[name]}")
-        super().__setattr__(name, value)
 
     # ----- requests -------------------------------------------------------------------------------
 
@@ -286,10 +281,8 @@ class World:
         """Take a merge on, unless the same one is pending or too many are."""
         kind, detail = (fault.kind, fault.detail) if fault else ("", None)
         pending = (primary, secondary) in self._pending
-        status, delay = self.in_progress, self.merge_delay
-        message = "a merge of these contacts is in progress already"
-        if kind == "merge-slow":
-            delay = float(detail)
+        status = self.in_progress if pending else 200
+        delay = float(detail) if kind == "merge-slow" else self.merge_delay
         if kind == "merge-refused-late":
             status, delay = detail
         if not pending:
@@ -299,9 +292,9 @@ class World:
                 self._pending.add((primary, secondary))
                 left = detail if kind == "merge-leaves" else ()
                 self.later(delay, lambda: self._carry_out(primary, secondary, left))
-            message = "this can't be merged"
-        if status != 200 and (pending or kind == "merge-refused-late"):
-            raise Refused(status, message)
+        if status != 200:
+            problem = "a merge of these contacts is in progress already"
+            raise Refused(status, problem if pending else "this can't be merged")
 
     def put_back(self, contact_id: str, reference: str | None) -> None:
         """Let something put a contact's former reference back, where the switches say so."""

@@ -79,6 +79,7 @@ class FakeDevRev(tool.Environment):
         self.asked: list[str] = []
         self.contacts = {P: user(P), D: SHOWN["there"]}
         self.reporter = D
+        self.forget: Any = None
         self.saved: dict[str, Any] = {}
         self.api = tool.DevRevAPI(self.settings, self, tool.CancelToken())
 
@@ -116,6 +117,8 @@ class FakeDevRev(tool.Environment):
         answer = told.pop(0) if len(told) > 1 else told[0]
         if answer == "stop":
             self.api.cancel_token.cancel(tool.Cancelled())
+        elif answer == "forget":
+            self.forget()
         elif answer.startswith("nap"):
             self.clock.nap(float(answer[3:]))
         bare = answer.rstrip("!")
@@ -180,6 +183,7 @@ class Played:
         plan = tool.Plan(wanted={} if "wanted" in script else {pair.ids: pair})
         merger = tool.ContactMerger(devrev.api, devrev, options, lambda _: None, plan)
         run = tool.GroupRun(merger, tool.Group(EMAIL, [pair]), [pair], resumed=left != "planned")
+        devrev.forget = run.forget_preconditions  # as another pair of the group does
 
         async def play() -> None:
             if left != "planned":
@@ -328,6 +332,7 @@ works=403                -> failed forbidden: lists
 works=500                -> failed api_error: lists
 works=nobody             -> failed count_mismatch: lists
 timeline=500             -> failed api_error: lists
+timeline=forget,200      -> done: lists merge poll set lists
 timeline=404             -> failed api_error: lists
 # other options
 with=no-reference        -> done: lists merge poll lists
