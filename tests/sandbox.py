@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import html
 import json
 import os
@@ -33,8 +32,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Sequence
 
-from tests.fake.organisation import ROLES, Organisation
-from tests.fake.seeding import organisation_of
+from tests.fake.organisation import Organisation
+from tests.fake.seeding import organisation_of, write_export
 from tests.fake.server import Sandbox
 from tests.fake.trouble import FAULTS, Fault, Request
 from tests.fake.world import SWITCHES
@@ -43,16 +42,6 @@ __all__ = ["Fault", "Organisation", "Request", "Sandbox"]  # what tests use
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = REPOSITORY / "tests" / "data" / "contacts.csv"
 PRACTICE = Path("practice.csv")
-COLUMNS = {
-    "REV_USER_ID": "id",
-    "DISPLAY_NAME": "display_name",
-    "EMAIL": "email",
-    "EXTERNAL_REF": "external_ref",
-    "FULL_NAME": "full_name",
-    "TICKET_COUNT": "tickets",
-    "CREATED_AT": "created_date",
-    "UPDATED_AT": "modified_date",
-}
 
 # -- serve -----------------------------------------------------------------------------------------
 
@@ -130,13 +119,7 @@ def serve(options: argparse.Namespace) -> int:
 def prepare(sandbox: Sandbox) -> None:
     """Write an export; then lock a contact, change an email, and let a ticket stay behind."""
     organisation = sandbox.organisation
-    with open(PRACTICE, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for one in organisation.contacts.values():
-            works = [organisation.works.find([(role, [one["id"]])]) for role in ROLES]
-            facts = {**one, "tickets": max(map(len, works))}
-            writer.writerow({name: facts.get(field, "") for name, field in COLUMNS.items()})
+    write_export(organisation, PRACTICE)
     refused, stale, left_behind = (
         organisation.don("identity", "revu", key) for key in ("A116", "A114", "A112")
     )

@@ -1,7 +1,6 @@
 """What the tests share: a folder to run the script in, an organisation, a look at the disk."""
 
 import contextlib
-import csv
 import hashlib
 import itertools
 import json
@@ -13,19 +12,17 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
+from tests.fake.seeding import COLUMNS, export_row, write_export
 from tests.process.forked import can_fork
 from tests.process.forked import run as run_forked
 from tests.sandbox import Organisation, Sandbox
 
+__all__ = ["COLUMNS", "export_row"]  # besides what is defined here
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "merge_contacts.py"
 # Python keeps the bytecode of a module, never of a script: as a module it starts in less CPU.
 PROGRAM = (sys.executable, "-m", SCRIPT.stem)
 SAMPLE = ROOT / "tests" / "data" / "contacts.csv"
-COLUMNS = (
-    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "TICKET_COUNT",
-    "CREATED_AT", "UPDATED_AT",
-)  # fmt: skip
 # Modes in which nothing is to be confirmed.
 UNCONFIRMED = {
     "--preview", "--check", "--status", "--verify-backups", "--export", "--help", "--version",
@@ -155,10 +152,7 @@ class Workplace:
 
     def export(self, organisation: Organisation) -> None:
         """Write the CSV that the warehouse would hold of an organisation."""
-        with open(self.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(export_row(organisation, one) for one in organisation.contacts)
+        write_export(organisation, self.csv)
 
     def logs(self) -> str:
         paths = sorted((self.folder / "logs").glob("*"))
@@ -235,36 +229,16 @@ class Terminal:
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
 
-def export_row(organisation: Organisation, contact: str) -> Row:
-    user = organisation.contacts[contact]
-    roles = roles_of(organisation, contact)
-    return {
-        "REV_USER_ID": contact,
-        "DISPLAY_NAME": user.get("display_name", ""),
-        "EMAIL": user["email"],
-        "EXTERNAL_REF": user["external_ref"],
-        "FULL_NAME": user.get("full_name", ""),
-        "TICKET_COUNT": max(len(roles[role]) for role in ("owned", "created", "reported")),
-        "CREATED_AT": user["created_date"],
-        "UPDATED_AT": user["modified_date"],
-    }
-
-
 def roles_of(organisation: Organisation, contact: str) -> Dict[str, Set[str]]:
     """Ids of the works that a contact owns, has created, has reported, and of its conversations."""
-
-    def with_contact(objects: Mapping[str, Any], role: str) -> Set[str]:
-        found = set()
-        for identity, one in objects.items():
-            people = one.get(role) or []
-            people = people if isinstance(people, list) else [people]
-            if any(person["id"] == contact for person in people if person):
-                found.add(identity)
-        return found
-
-    roles = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
-    found = {name: with_contact(organisation.works, role) for name, role in roles.items()}
-    return {**found, "conversations": with_contact(organisation.conversations, "members")}
+    works, talks = organisation.works, organisation.conversations
+    found = {
+        "owned": works.find([("owned_by", [contact])]),
+        "created": works.find([("created_by", [contact])]),
+        "reported": works.find([("reported_by", [contact])]),
+        "conversations": talks.find([("members", [contact])]),
+    }
+    return {role: {one["id"] for one in things} for role, things in found.items()}
 
 
 def pair(

@@ -28,10 +28,7 @@ ROLES = ("reported_by", "owned_by", "created_by")
 SUMMARY = (
     "id", "display_id", "display_name", "full_name", "email", "state", "external_ref", "rev_org"
 )  # fmt: skip
-WORK_DETAILS = {  # prefix of the display id, stage, and more
-    "ticket": ("TKT", "queued", {"severity": "medium"}),
-    "issue": ("ISS", "triage", {"priority": "p2"}),
-}
+PREFIXES = {"ticket": "TKT", "issue": "ISS"}  # of display ids
 USER_LISTS = ("owned_by", "reported_by", "members")
 
 Thing = Dict[str, Any]
@@ -103,7 +100,6 @@ class Table(Dict[str, Record]):
                 self._index[key].discard(record["id"])
 
     def enter(self, record: Record) -> None:
-        """Put a record into the index as it is now."""
         if self.get(record["id"]) is record:
             for key in self._keys(record):
                 self._index[key].add(record["id"])
@@ -143,7 +139,6 @@ class Table(Dict[str, Record]):
 
 
 def contact_keys(contact: Mapping[str, Any]) -> Iterator[Key]:
-    """What a contact is found by."""
     email = contact.get("email")
     yield "email", email
     yield "email_lower", email and email.lower()
@@ -190,7 +185,7 @@ class Organisation:
         self.works = Table(self.lock, self.now, people_keys)
         self.conversations = Table(self.lock, self.now, people_keys)
         self.timelines: dict[str, list[Thing]] = {}
-        self.deleted: dict[str, Thing] = {}
+        self.deleted: dict[str, Thing] = {}  # contacts
         self.merges: list[tuple[str, str]] = []
         self.merged_into: dict[str, str] = {}
         self.merge_times: dict[str, float] = {}
@@ -212,7 +207,6 @@ class Organisation:
         self._summarise("dev_user", self.dev_user)
 
     def now(self) -> float:
-        """When what happens now happens."""
         return self.clock() if self.moment is None else self.moment
 
     def don(self, service: str, kind: str, key: object) -> str:
@@ -263,7 +257,6 @@ class Organisation:
     def new_contact(
         self, email: str | None, reference: str | None, rev_org: str | None = "ACME", **more: Any
     ) -> str:
-        """Add a contact with an id that DevRev chooses."""
         self._numbers["revu"] += 1
         key, now = f"N{self._numbers['revu']}", self._now()
         return self.add_contact(key, email, reference, rev_org=rev_org, created=now, **more)
@@ -286,21 +279,18 @@ class Organisation:
         comments: int = 0,
     ) -> str:
         """Add a work and return its id. A dev user fills the roles nobody has."""
-        prefix, stage, more = WORK_DETAILS.get(kind, (kind[:4].upper(), "triage", {}))
-        work = self._new_object(kind, prefix, created_by)
+        work = self._new_object(kind, PREFIXES.get(kind, kind[:4].upper()), created_by)
         work.update(
             type=kind,
             title=title or f"About {work['display_id']}",
             body=f"What {work['display_id']} is about, in a sentence or two.",
-            stage={"name": stage},
+            stage={"name": "queued"},
             owned_by=self.people(owned_by) or self.people([self.dev_user["id"]]),
             reported_by=self.people(reported_by),
-            **more,
         )
         return self._add(self.works, work, comments)
 
     def add_conversation(self, members: Iterable[str] = (), comments: int = 0) -> str:
-        """Add a conversation, created by its first member, and return its id."""
         people = list(members)
         talk = self._new_object("conversation", "CONV", people[0] if people else None)
         talk.update(
@@ -313,8 +303,7 @@ class Organisation:
         return self._add(self.conversations, talk, comments)
 
     def add_comment(self, object_id: str, body: str, created_by: str | None = None) -> str:
-        """Add a comment to the timeline of a work or a conversation and return its id."""
-        parent = self.works.get(object_id) or self.conversations[object_id]
+        parent = self.table_of(object_id)[object_id]
         entries = self.timelines.setdefault(object_id, [])
         number, now = len(entries) + 1, self._now()
         entry = {
@@ -356,32 +345,30 @@ class Organisation:
                 self.change(self.contacts[primary], external_ref=reference)
 
     def change(self, thing: Thing, **fields: Any) -> None:
-        """Set fields of a contact, a work or a conversation."""
         thing.update(fields, modified_date=self._now())
 
     def give(self, object_id: str, role: str, user_ids: Iterable[str]) -> None:
-        """Give a work or a conversation to others: all that have a role in it."""
-        thing = self.works.get(object_id) or self.conversations[object_id]
+        thing = self.table_of(object_id)[object_id]
         self.change(thing, **{role: self.people(user_ids)})
 
     def delete_contact(self, contact_id: str) -> None:
         """Delete a contact; what it had a role in goes on naming it."""
-        self._delete(self.contacts, contact_id)
+        with self.lock:
+            self.deleted[contact_id] = dict(self.contacts[contact_id])
+            del self.contacts[contact_id]
 
     def delete_work(self, object_id: str) -> None:
         """Delete a work or a conversation with its timeline."""
-        self._delete(self.works if object_id in self.works else self.conversations, object_id)
         self.timelines.pop(object_id, None)
-
-    def _delete(self, table: Table, object_id: str) -> None:
-        with self.lock:
-            self.deleted[object_id] = dict(table[object_id])
-            del table[object_id]
+        del self.table_of(object_id)[object_id]
 
     # ----- what is so -----------------------------------------------------------------------------
 
+    def table_of(self, object_id: str) -> Table:
+        """The works, or the conversations."""
+        return self.conversations if kind_of(object_id) == "conversation" else self.works
+
     def alive(self, contact_id: str) -> bool:
-        """Whether the contact exists and hasn't been merged into another."""
         return contact_id in self.contacts and contact_id not in self.merged_into
 
     def survivor(self, contact_id: str) -> str:
@@ -487,7 +474,6 @@ def own_reference(contact_id: str) -> str:
 
 
 def org_id_of(contact: Mapping[str, Any]) -> str | None:
-    """The id of a contact's rev org; None where it has none."""
     return str(contact["rev_org"]["id"]) if "rev_org" in contact else None
 
 

@@ -1,4 +1,4 @@
-"""An organisation that grows from an export: each contact has its tickets."""
+"""An organisation that grows from an export, and the export of an organisation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,34 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from tests.fake.organisation import ID, ROLES, Organisation
+
+COLUMNS = (
+    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "TICKET_COUNT",
+    "CREATED_AT", "UPDATED_AT",
+)  # fmt: skip
+
+
+def write_export(organisation: Organisation, path: Path) -> None:
+    """Write the CSV that the warehouse would hold of an organisation."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(export_row(organisation, one) for one in organisation.contacts)
+
+
+def export_row(organisation: Organisation, contact: str) -> dict[str, Any]:
+    """What the warehouse knows of a contact."""
+    user = organisation.contacts[contact]
+    return {
+        "REV_USER_ID": contact,
+        "DISPLAY_NAME": user.get("display_name", ""),
+        "EMAIL": user["email"],
+        "EXTERNAL_REF": user["external_ref"],
+        "FULL_NAME": user.get("full_name", ""),
+        "TICKET_COUNT": max(len(organisation.works.find([(role, [contact])])) for role in ROLES),
+        "CREATED_AT": user["created_date"],
+        "UPDATED_AT": user["modified_date"],
+    }
 
 
 def organisation_of(path: Path, key: str = "") -> Organisation:
