@@ -66,7 +66,6 @@ class Figure(NamedTuple):
 def at_most(
     name: str, value: float, limit: float, measured: str, yardstick: str = "", unit: str = "x"
 ) -> Figure:
-    """A figure that is promised to be no more than `limit`."""
     scale = 100 if unit == "%" else 1
     said = f"{value * scale:.2f} {unit}".replace(" x", "x").strip()
     met = "met" if value <= limit else "MISSED"
@@ -112,7 +111,6 @@ def run_tool(
 
 
 def run_yardstick(organisation: Organisation, **conditions: Any) -> Outcome:
-    """Let the one-contact-at-a-time client merge the same."""
     by_email: dict[str, list[str]] = {}
     for identity, contact in organisation.contacts.items():
         by_email.setdefault(contact["email"], []).append(identity)
@@ -145,7 +143,6 @@ class OneAtATime:
         session.headers["Authorization"] = f"Bearer {sandbox.token}"
 
     def merge(self, primary: str, duplicate: str) -> None:
-        """Back both contacts up, merge, look, move the reference, verify."""
         self.back_up(primary)
         kept = self.back_up(duplicate)
         self.call("rev-users.merge", primary_user=primary, secondary_user=duplicate)
@@ -173,7 +170,6 @@ class OneAtATime:
         return self.pages("works.list", "works", type=["ticket", "issue"], **{role: [contact]})
 
     def pages(self, endpoint: str, key: str, **body: Any) -> list[str]:
-        """Ids of all items of a list."""
         found: list[str] = []
         while True:
             answer = self.call(endpoint, **body) or {}
@@ -463,7 +459,6 @@ HEAD = Figure("what", "measured", "yardstick", "ratio", "target")
 
 
 def shown(figures: Sequence[Figure]) -> str:
-    """A table in Markdown."""
     widths = [max(map(len, column)) for column in zip(HEAD, *figures)]
     rows = [HEAD, ["-" * width for width in widths], *figures]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)

@@ -68,7 +68,6 @@ def switch_option(text: str) -> tuple[str, Any]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.sandbox",
         description="A DevRev organisation on loopback: nothing ever leaves this computer.",
@@ -99,7 +98,6 @@ def say(text: str = "") -> None:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serve until Ctrl-C."""
     try:
         organisation = organisation_of(SAMPLE, "PRACTICE" + secrets.token_hex(3).upper())
         settings = {"port": options.port, "quota": (1000, 60.0), **dict(options.set)}
@@ -166,7 +164,6 @@ def page(organisation: Organisation) -> str:
 
 
 def things_of(organisation: Organisation, contact: str) -> list[Any]:
-    """The works and conversations in which a contact has a role."""
     tables = (organisation.works, organisation.conversations)
     return [one for table in tables for one in table.find([("anyone", [contact])])]
 
@@ -314,7 +311,6 @@ def typed(path: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo, or serve."""
     options = arguments(argv)
     return serve(options) if options.command == "serve" else Demo().run()
 

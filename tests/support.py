@@ -151,7 +151,6 @@ class Workplace:
             yield sandbox, pairs
 
     def export(self, organisation: Organisation) -> None:
-        """Write the CSV that the warehouse would hold of an organisation."""
         write_export(organisation, self.csv)
 
     def logs(self) -> str:
@@ -207,7 +206,6 @@ class Terminal:
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
 
     def read_until(self, wanted: str = "", seconds: float = 20) -> str:
-        """Read until `wanted` has come, or to the end."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not (wanted and wanted in self.text):
             try:
@@ -285,7 +283,6 @@ class Backup:
 
 
 def backups_of(folder: Path, contact: str) -> List[Backup]:
-    """Every whole backup that holds a contact."""
     found = (Backup(path.parent) for path in (folder / "backups").glob("*/[0-9]*/manifest.json"))
     return [backup for backup in found if contact in backup.contacts]
 

@@ -108,7 +108,6 @@ def bad(kind: str, name: str, problem: str, **more: Any) -> Refused:
 
 
 def check_shape(shape: dict[str, Field], body: Thing, max_ids: int | None) -> None:
-    """Refuse a body with a property that is missing, unknown or of the wrong kind."""
     for name in body:
         if name not in shape:
             raise bad("invalid_field", name, "unknown property")
@@ -120,7 +119,6 @@ def check_shape(shape: dict[str, Field], body: Thing, max_ids: int | None) -> No
 
 
 def check_value(name: str, wanted: Field, value: Any, max_ids: int | None) -> None:
-    """Refuse a value of the wrong type, an id that is none, a value outside an enumeration."""
     kind, allowed = wanted.kind, wanted.allowed
     if kind.endswith("s"):
         check_type(name, value, list)
@@ -145,7 +143,6 @@ def check_value(name: str, wanted: Field, value: Any, max_ids: int | None) -> No
 
 
 def check_type(name: str, value: Any, wanted: type) -> None:
-    """Refuse a value of another JSON type."""
     if type(value) is not wanted:
         expected, actual = JSON_NAMES[wanted], JSON_NAMES[type(value)]
         problem = f"expected {expected}, got {actual}"
@@ -153,18 +150,15 @@ def check_type(name: str, value: Any, wanted: type) -> None:
 
 
 def unexpected_id(name: str, value: str) -> Refused:
-    """400: it is the id of something else."""
     problem = f"the id of a {kind_of(value)} is not wanted here"
     return bad("unexpected_id_type", name, problem, value=value)
 
 
 def not_found(object_id: str) -> Refused:
-    """404: there is no such object, or there is none any more."""
     return Refused(404, f"{object_id} was not found")
 
 
 def existing(object_id: str, *tables: Table) -> Record:
-    """An object by its id."""
     for table in tables:
         if object_id in table:
             return table[object_id]
@@ -319,7 +313,6 @@ class Api:
         return str(world.paging)
 
     def _next(self, name: str, body: Thing, place: int, served: int = 0) -> str:
-        """Give out a cursor."""
         found = cursor(name, body, place, served)
         self.world.cursors[found] = place, served, self.organisation.now()
         return found
@@ -493,7 +486,6 @@ class Api:
         return {"rev_user": self._shown(contact, is_own_answer=True)}
 
     def _contact(self, contact_id: str) -> Record:
-        """A contact that is there to be changed."""
         if not self.organisation.alive(contact_id) or self._has_vanished(contact_id):
             raise not_found(contact_id)
         return self.organisation.contacts[contact_id]

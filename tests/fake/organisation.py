@@ -358,14 +358,12 @@ class Organisation:
             del self.contacts[contact_id]
 
     def delete_work(self, object_id: str) -> None:
-        """Delete a work or a conversation with its timeline."""
         self.timelines.pop(object_id, None)
         del self.table_of(object_id)[object_id]
 
     # ----- what is so -----------------------------------------------------------------------------
 
     def table_of(self, object_id: str) -> Table:
-        """The works, or the conversations."""
         return self.conversations if kind_of(object_id) == "conversation" else self.works
 
     def alive(self, contact_id: str) -> bool:

@@ -24,7 +24,6 @@ def write_export(organisation: Organisation, path: Path) -> None:
 
 
 def export_row(organisation: Organisation, contact: str) -> dict[str, Any]:
-    """What the warehouse knows of a contact."""
     user = organisation.contacts[contact]
     return {
         "REV_USER_ID": contact,

@@ -147,14 +147,12 @@ class Server(ThreadingHTTPServer):
         self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection and remember it."""
         connection, address = super().get_request()
         self._open.add(connection)
         self.accepted += 1
         return connection, address
 
     def shutdown_request(self, request: Any) -> None:
-        """Forget a connection, and close it."""
         self._open.discard(request)
         super().shutdown_request(request)
 
@@ -164,7 +162,6 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def close_all(self) -> None:
-        """Stop listening and hang up on everyone."""
         self.closing.set()
         self.shutdown()
         self.server_close()
@@ -207,11 +204,9 @@ class Sandbox(World):
 
     @property
     def connections(self) -> int:
-        """How many connections were accepted."""
         return self._server.accepted
 
     def environment(self) -> dict[str, str]:
-        """The environment variables that point the tool at this sandbox."""
         return {"DEVREV_API_TOKEN": self.token, "DEVREV_BASE_URL": self.url}
 
     def _keep_time(self) -> None:

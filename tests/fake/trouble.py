@@ -93,8 +93,6 @@ class Fault:
 
 @dataclass
 class Request:
-    """One request as the server saw it."""
-
     number: int
     endpoint: str
     body: dict[str, Any]
@@ -142,14 +140,12 @@ def json_answer(status: int, content: Any) -> Answer:
 
 
 def html_answer(status: int) -> Answer:
-    """An answer as a gateway in front of the API gives it."""
     phrase = HTTPStatus(status).phrase
     page = f"<html><head><title>{phrase}</title></head><body><h1>{phrase}</h1></body></html>"
     return other_answer(status, page)
 
 
 def other_answer(status: int, content: Any) -> Answer:
-    """Any other answer: JSON, or HTML where it is text."""
     if isinstance(content, str):
         return Answer(status, content.encode("utf-8"), content_type="text/html; charset=utf-8")
     return json_answer(status, content)
@@ -247,7 +243,6 @@ def halved(content: Any, names: Collection[str]) -> Any:
 
 
 def merge_acknowledged(form: str, content: Any) -> Answer:
-    """The acknowledgement of a merge, in one of the forms of World.merge_answer."""
     if form == "200-other":
         content = {"status": "accepted", "rev_user": None, "jobs": [{"state": "queued"}]}
     answer = json_answer(int(form[:3]), [] if form == "200-list" else content)

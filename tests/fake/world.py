@@ -183,11 +183,9 @@ class World:
     # ----- requests -------------------------------------------------------------------------------
 
     def respond(self, endpoint: str, body: Thing, token: str | None) -> Answer:
-        """What comes back for a request that arrives now."""
         return self.answer(self.record(endpoint, body), token)
 
     def record(self, endpoint: str, body: Thing, started: float | None = None) -> Request:
-        """Enter a request into the books."""
         self.catch_up()
         with self.organisation.lock:
             begun = self.clock() if started is None else started
@@ -214,7 +212,6 @@ class World:
         return answer
 
     def count(self, endpoint: str | None = None) -> int:
-        """How many requests were made, in all or to an endpoint."""
         return sum(endpoint in (None, request.endpoint) for request in self.requests)
 
     def _decide(self, request: Request, token: str | None, problem: Refused | None) -> Answer:
@@ -310,7 +307,6 @@ class World:
         self.later(self.puts_back_after, act)
 
     def set_quota(self, *quota: Any) -> None:
-        """Let DevRev have a quota from now on: so many units in a window of so many seconds."""
         self.quota = Quota(self._epoch, *quota)
 
     def _happen(self, moment: float) -> None:
