@@ -15,8 +15,6 @@ quota       The last of n requests can't leave before ceil(n / limit) - 1 window
             the floor for the time of the whole process. A 429 was sent for nothing.
 latency     n requests of one latency each over w workers can't take less than n * latency / w.
             Starting Python and one merge's delay are subtracted.
-gap         Between DevRev's merge and the new reference the application has no contact for the
-            customer. The yardstick is the window of the quota, or of the client-side rate limit.
 cpu         Processor time a request, of the whole process. The yardstick is a loop that sends as
             many requests with `requests`, parses the answers, and does nothing else.
 csv         `--preview` of a big export against pandas, which counts the two kinds of references
@@ -234,28 +232,6 @@ def bench_latency(_rows: int) -> Iterator[Figure]:
     yield Figure("  connections opened", str(tool.connections), f"{WORKERS} workers")
 
 
-def bench_gap(_rows: int) -> Iterator[Figure]:
-    limit, window = 60, 6.0
-    ceiling = {"DEVREV_RATE_LIMIT_CALLS": f"{limit}", "DEVREV_RATE_LIMIT_PERIOD": f"{window:g}"}
-    cases: dict[str, dict[str, Any]] = {
-        f"a quota of {limit} in {window:g} s": {"quota": (limit, window)},
-        f"a ceiling of {limit} in {window:g} s": {"environment": ceiling},
-        "neither": {},
-        "that ceiling, merges of 2 s": {"environment": ceiling, "merge_delay": 2.0},
-    }
-    for name, conditions in cases.items():
-        found = organisation_of(40)
-        run_tool(found, latency=0.02, **conditions)
-        gaps = []
-        for primary, duplicate in found.merges:
-            gaps.append(found.reference_times[primary][-1][0] - found.merge_times[duplicate])
-        gaps.sort()
-        middle, worst, against = gaps[len(gaps) // 2], gaps[-1], f"{window:g} s"
-        what, ratio = f"reference gap under {name}, median", f"{middle / window:.2f}x"
-        yield Figure(what, f"{middle:.2f} s", against, ratio)
-        yield at_most("  worst", worst / window, 1 / window, f"{worst:.2f} s", against)
-
-
 LOOP = """
 import json, sys, requests
 url, token, count, work = sys.argv[1:]
@@ -357,7 +333,7 @@ def bench_start(_rows: int) -> Iterator[Figure]:
 PARTS = {
     part.__name__[len("bench_") :]: part
     for part in (
-        bench_requests, bench_quota, bench_latency, bench_gap, bench_cpu, bench_csv, bench_export,
+        bench_requests, bench_quota, bench_latency, bench_cpu, bench_csv, bench_export,
         bench_start,
     )
 }  # fmt: skip

@@ -129,37 +129,30 @@ def prepare(sandbox: Sandbox) -> None:
     sandbox.pages["/"] = lambda: page(organisation)
 
 
-STYLE = (
-    "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
-    "table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;"
-    "padding:.3em .6em;border-bottom:1px solid #ccc}.gone{color:#888}"
-)
+STYLE = "body{font:15px system-ui;margin:2em}td{padding:.3em 1em;border-bottom:1px solid #ccc}"
 HEAD = ("Email", "Contact", "Name", "External reference", "State", "Tickets, conversations")
 
 
 def page(organisation: Organisation) -> str:
     """Show the contacts of an organisation and their tickets as they are now, as HTML."""
-    rows = []
+    rows = [HEAD]
     with organisation.lock:
         contacts = organisation.contacts.values()
         for one in sorted(contacts, key=lambda one: (one["email"], one["id"])):
-            merged = one["id"] in organisation.merged_into
             state, reference = one["state"], one.get("external_ref", "")
-            if merged:
-                survivor = organisation.survivor(one["id"])
+            survivor = organisation.survivor(one["id"])
+            if survivor != one["id"]:
                 state, reference = f"merged into REVU-{survivor.rpartition('/')[2]}", ""
-            cells = [one["email"], one["display_id"], one["display_name"], reference, state]
             things = things_of(organisation, one["id"])
-            titles = [html.escape(f"{thing['display_id']} {thing['title']}") for thing in things]
-            texts = [*map(html.escape, cells), "<br>".join(titles)]
-            shade = " class=gone" if merged else ""
-            rows.append(f"<tr{shade}><td>{'</td><td>'.join(texts)}</td></tr>")
+            titles = ", ".join(f"{thing['display_id']} {thing['title']}" for thing in things)
+            names = one["email"], one["display_id"], one["display_name"]
+            rows.append((*names, reference, state, titles))
+    table = ["<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows]
     title = html.escape(f"Organisation {organisation.key}")
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-        f"<style>{STYLE}</style><h1>{title}</h1><p>This page stands for DevRev: reload it to see "
-        f"what has become of the contacts.</p><table><tr><th>{'</th><th>'.join(HEAD)}</th></tr>"
-        f"{''.join(rows)}</table></html>"
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+        f"<h1>{title}</h1><p>This page stands for DevRev: reload it to see what has become of the "
+        f"contacts.</p><table>{''.join(table)}</table>"
     )
 
 

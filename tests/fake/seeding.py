@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from tests.fake.organisation import ID, ROLES, Organisation
 
@@ -48,7 +47,6 @@ def organisation_of(path: Path, key: str = "") -> Organisation:
     where = ID.fullmatch(rows[0]["REV_USER_ID"])
     assert where is not None
     organisation = Organisation(key or where["org"], where["partition"])
-    groups: dict[str, list[Seedling]] = {}
     for number, row in enumerate(rows):
         more = {"full_name": row["FULL_NAME"]} if row["FULL_NAME"] else {}
         try:
@@ -66,45 +64,20 @@ def organisation_of(path: Path, key: str = "") -> Organisation:
             )
         except ValueError:
             continue
-        seedling = Seedling(organisation, contact, tickets, number)
-        groups.setdefault(row["EMAIL"].casefold(), []).append(seedling)
-    for group in groups.values():
-        for one, other in zip(group, group[1:]):
-            one.share_with(other)
+        add_works(organisation, contact, tickets, number)
     return organisation
 
 
-class Seedling:
-    """Gives one contact its works: `tickets` in a leading role, fewer in the others."""
-
-    def __init__(self, organisation: Organisation, contact: str, tickets: int, number: int) -> None:
-        self.organisation = organisation
-        self.contact = contact
-        self.tickets = tickets
-        self.roles: Counter[str] = Counter()
-        self.works: list[str] = []
-        lead, second = ROLES[number % 3], ROLES[(number + 1) % 3]
-        for n in range(tickets):
-            self._add((lead, second) if n % 3 == 0 else (lead,), n)
-        for n in range(tickets // 3):
-            self._add((second,), n)
-        if number % 2 == 0:
-            people = [contact, organisation.dev_user["id"]]
-            organisation.add_conversation(people, comments=number % 4)
-
-    def share_with(self, other: Seedling) -> None:
-        """Let the other have a role on a work of this one, where its count leaves room."""
-        spare = [role for role in ROLES[:2] if other.roles[role] < other.tickets]
-        if self.works and spare:
-            role, work = spare[0], self.organisation.works[self.works[0]]
-            ids = [person["id"] for person in work[role]]
-            self.organisation.give(work["id"], role, [*ids, other.contact])
-            other.roles[role] += 1
-
-    def _add(self, roles: Sequence[str], n: int) -> None:
-        self.roles.update(roles)
-        people: dict[str, Any] = {role: [self.contact] for role in roles}
+def add_works(organisation: Organisation, contact: str, tickets: int, number: int) -> None:
+    """Give a contact so many works in one role, fewer in another, and perhaps a conversation."""
+    lead, second = ROLES[number % 3], ROLES[(number + 1) % 3]
+    for n in range(tickets + tickets // 3):
+        roles = {lead} if n < tickets else {second}
+        if n % 3 == 0:
+            roles.add(second)
+        people: dict[str, Any] = {role: [contact] for role in roles}
         if "created_by" in people:
-            people["created_by"] = self.contact
-        kind = "issue" if n % 5 == 4 else "ticket"
-        self.works.append(self.organisation.add_work(kind=kind, comments=n % 4, **people))
+            people["created_by"] = contact
+        organisation.add_work(kind="issue" if n % 5 == 4 else "ticket", comments=n % 4, **people)
+    if number % 2 == 0:
+        organisation.add_conversation([contact, organisation.dev_user["id"]], comments=number % 4)
