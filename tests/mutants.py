@@ -54,7 +54,18 @@ COMPARISONS = {
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"),
     ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"),
 }  # fmt: skip
+ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+LEAVING = (ast.Raise, ast.Return, ast.Continue, ast.Break)  # what a guard ends with
 SILENT = ("log", "debug", "info", "warning", "error", "print", "status")  # they only say something
+
+
+class Change(NamedTuple):
+    """What one place of a text may become."""
+
+    kind: str
+    first: int  # of the bytes that are replaced
+    last: int
+    instead: str = ""
 
 
 class Mutant(NamedTuple):
@@ -63,9 +74,7 @@ class Mutant(NamedTuple):
     section: str
     line: int
     name: str
-    first: int  # of the bytes that are replaced
-    last: int
-    instead: str
+    change: Change
 
 
 class Source:
@@ -88,62 +97,74 @@ class Source:
         return self.data[slice(*self.span(node))].decode("utf-8")
 
     def changed_by(self, mutant: Mutant) -> str:
-        before, after = self.data[: mutant.first], self.data[mutant.last :]
-        return (before + mutant.instead.encode("utf-8") + after).decode("utf-8")
+        _, first, last, instead = mutant.change
+        return (self.data[:first] + instead.encode("utf-8") + self.data[last:]).decode("utf-8")
 
     def mutants(self) -> Iterator[Mutant]:
         """Yield all mutants, those that can't be compiled included."""
         tree = ast.parse(self.text)
         silent = set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and only_says(node):
+            # What stands in an f-string is for people, and before Python 3.12 has no position.
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Expr) and only_says(node)):
                 silent.update(map(id, ast.walk(node)))
         for node in ast.walk(tree):
             line = getattr(node, "lineno", 0)
             titles = [title for start, title in self.titles if start <= line]
-            if not titles or id(node) in silent:
-                continue
-            for what, first, last, instead in self.changes(node):
-                name = f"{what}: {self.lines[line - 1].strip()[:70]}"
-                yield Mutant(titles[-1], line, name, first, last, instead)
+            if titles and id(node) not in silent:
+                name = self.lines[line - 1].strip()[:70]
+                for change in (*self.of_expressions(node), *self.of_statements(node)):
+                    yield Mutant(titles[-1], line, f"{change.kind}: {name}", change)
 
-    def changes(self, node: ast.AST) -> Iterator[tuple[str, int, int, str]]:
-        """Yield what a node may become: what is done, bytes from and to, what stands there then."""
+    def of_expressions(self, node: ast.AST) -> Iterator[Change]:
         if isinstance(node, ast.Compare):
-            sign, other = COMPARISONS[type(node.ops[0])]
-            yield self._replaced(node.left, node.comparators[0], sign, other)
+            values = [node.left, *node.comparators]
+            for operator, left, right in zip(node.ops, values, values[1:]):
+                kind = "boundary" if isinstance(operator, ORDER) else "opposite"
+                yield self._sign(kind, left, right, *COMPARISONS[type(operator)])
         elif isinstance(node, ast.BoolOp):
-            sign, other = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
-            if len(node.values) == 2:  # else it would also be grouped in another way
-                yield self._replaced(*node.values, sign, other)
+            signs = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
+            yield self._sign("and/or", *node.values[-2:], *signs)
         elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
             other = not node.value if isinstance(node.value, bool) else node.value * 2 + 1
-            yield (f"{node.value} is {other}", *self.span(node), repr(other))
+            yield Change("constant", *self.span(node), repr(other))
         elif isinstance(node, ast.Call):
-            if len(node.args) == 2 and len({*map(self.of, node.args)}) == 2:
-                (first, _), (_, last) = map(self.span, node.args)
-                yield "swapped arguments", first, last, ", ".join(map(self.of, node.args[::-1]))
-            given = [*node.args[-1:], *(one.value for one in node.keywords)]
-            yield from self._dropped("keyword", given)
+            for left, right in zip(node.args, node.args[1:]):
+                swapped = f"{self.of(right)}, {self.of(left)}"
+                yield Change("swapped", self.span(left)[0], self.span(right)[1], swapped)
+            before = node.args[-1] if node.args else node.func
+            kept = "" if node.args else "("
+            for value in (one.value for one in node.keywords):
+                yield Change("no keyword", self.span(before)[1], self.span(value)[1], kept)
+                before, kept = value, ""
         elif isinstance(node, ast.Dict):
-            yield from self._dropped("field", node.values)
+            yield from self._dropped(node.values)
+        elif isinstance(node, (ast.Tuple, ast.List, ast.Set)) and len(node.elts) > 2:
+            yield from self._dropped(node.elts)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield Change("opposite", *self.span(node), f"({self.of(node.operand)})")
+
+    def of_statements(self, node: ast.AST) -> Iterator[Change]:
+        if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+            yield Change("opposite", *self.span(node.test), f"(not ({self.of(node.test)}))")
+        if isinstance(node, ast.If) and isinstance(node.body[-1], LEAVING):
+            yield Change("no guard", *self.span(node.test), "False")
         elif isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await)):
-            yield ("no call", *self.span(node), "pass")
-        elif isinstance(node, (ast.If, ast.While, ast.IfExp)):
-            is_guard = isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise)
-            opposite = "False" if is_guard else f"(not ({self.of(node.test)}))"
-            yield ("no guard" if is_guard else "opposite", *self.span(node.test), opposite)
+            yield Change("no call", *self.span(node), "pass")
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            yield Change("no assignment", *self.span(node), "pass")
+        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            for test in node.generators[0].ifs:
+                yield Change("opposite", *self.span(test), f"(not ({self.of(test)}))")
 
-    def _dropped(self, what: str, values: list[ast.expr]) -> Iterator[tuple[str, int, int, str]]:
+    def _dropped(self, values: list[ast.expr]) -> Iterator[Change]:
         for before, value in zip(values, values[1:]):
-            yield f"no {what}", self.span(before)[1], self.span(value)[1], ""
+            yield Change("no field", self.span(before)[1], self.span(value)[1])
 
-    def _replaced(
-        self, left: ast.AST, right: ast.AST, sign: str, other: str
-    ) -> tuple[str, int, int, str]:
+    def _sign(self, kind: str, left: ast.AST, right: ast.AST, sign: str, other: str) -> Change:
         first, last = self.span(left)[1], self.span(right)[0]
-        between = self.data[first:last].decode("utf-8")
-        return f"{sign} is {other}", first, last, between.replace(sign, other)
+        between = self.data[first:last].decode("utf-8").replace(sign, other)
+        return Change(kind, first, last, between)
 
 
 def only_says(node: ast.Expr) -> bool:
@@ -154,17 +175,19 @@ def only_says(node: ast.Expr) -> bool:
 
 
 def draw(source: Source, number: int, seed: int, section: str = "") -> list[Mutant]:
-    """Draw so many mutants, of each section as many as of any other."""
-    by_section: dict[str, list[Mutant]] = {}
+    """Draw so many mutants, of each section and within it of each kind as many as of any other."""
+    found: dict[str, dict[str, list[Mutant]]] = {}
     for mutant in source.mutants():
         if mutant.section.startswith(section):
-            by_section.setdefault(mutant.section, []).append(mutant)
+            kinds = found.setdefault(mutant.section, {})
+            kinds.setdefault(mutant.change.kind, []).append(mutant)
     chance = random.Random(seed)
-    titles = sorted(by_section)
+    titles = sorted(found)
     chance.shuffle(titles)
     chosen: list[Mutant] = []
     while titles and len(chosen) < number:
-        mutant = chance.choice(by_section[titles[0]])
+        kinds = found[titles[0]]
+        mutant = chance.choice(kinds[chance.choice(sorted(kinds))])
         with contextlib.suppress(SyntaxError):
             compile(source.changed_by(mutant), SOURCE.name, "exec")
             chosen.append(mutant)

@@ -57,9 +57,13 @@ def test_an_invariant_that_a_scene_does_without_is_waived(scene: Scene) -> None:
     broken("an invariant", "what broke it")
 
 
-def test_mutants_of_all_sections_can_be_compiled() -> None:
+def test_mutants_of_all_sections_and_kinds_can_be_compiled() -> None:
     source = Source(MODULE.read_text(encoding="utf-8"))
     found = list(source.mutants())
     assert len(found) > 2000 and len({mutant.section for mutant in found}) > 14
+    assert {mutant.change.kind for mutant in found} == {
+        "boundary", "and/or", "constant", "opposite", "swapped", "no call", "no assignment",
+        "no guard", "no keyword", "no field",
+    }  # fmt: skip
     for mutant in found[::511]:
         compile(source.changed_by(mutant), mutant.name, "exec")
