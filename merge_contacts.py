@@ -371,7 +371,7 @@ class Environment:
             return await asyncio.wait_for(work, limit)  # and leave its thread alone
         except asyncio.TimeoutError:
             log.debug("%s -> no complete answer in %g s", endpoint, limit)
-            return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
+            return HttpResponse(None, {}, None, f"not complete within {limit:g} s")
 
     async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
         """Have a daemon thread of its own do what blocks, so that it never delays the exit."""
@@ -692,7 +692,7 @@ class HttpTransport:
         if "URL(" in words:
             text = text.partition(": ")[0]  # what follows may be the password of a proxy
         sent = not self.NOT_SENT.search(words)
-        return response._replace(problem=f"no complete answer: {text}", sent=sent)
+        return response._replace(problem=text, sent=sent)
 
 
 class CancelToken:
@@ -977,7 +977,7 @@ class InvalidRow(NamedTuple):
 
 INVALID_ROWS = {
     "fields": "not as many fields as the header",
-    "nul": "a NUL character",
+    "nul": "a NUL character, or U+FDD0",
     "stray_quote": "a quoted field holds other rows",
     "empty": "an empty id, address or reference",
     "email": "not one plain address",
@@ -1360,7 +1360,7 @@ def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str,
     if len(row) != table.width and not (is_complete and is_unshifted(table, row)):
         return "fields", f"{plural(len(row), 'field')} instead of {table.width}"
     if any(_NUL_MARK in cell for cell in row):
-        return "nul", "a NUL character"
+        return "nul", "a NUL character, or U+FDD0"
     if not is_plain and any(cell.count(table.delimiter) >= max(table.places) for cell in row):
         hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
         return "stray_quote", f"a quoted field that holds other rows ({hint})"
@@ -1869,7 +1869,7 @@ def read_choices(path: Path) -> dict[str, str]:
             elif not key or not reference:
                 problem = "empty EMAIL or EXTERNAL_REF"
             elif key in choices:
-                problem = f"a second choice for {key}; cut the file down to one line a group"
+                problem = f"a second choice for {key}; keep one line per address"
             if problem:
                 raise FatalError(EXIT_USAGE, f"line {table.rows.line_num}: {problem}")
             choices[key] = reference
@@ -3508,10 +3508,10 @@ class DevRevAPI:
                 if error.status not in (400, 403):
                     raise
                 self.work_kinds.remove(kind)
-                words = f"works that DevRev does not list ({error.status}), so not backed up"
-                self.warnings.append(f"{words}: {kind}")
+                words = f"works of type {kind} are not backed up: DevRev does not list them"
+                self.warnings.append(f"{words} ({error.status})")
                 level = logging.INFO if error.status == 400 else logging.WARNING
-                log.log(level, "%s: %s", words, kind)
+                log.log(level, "%s", self.warnings[-1])
         self._kinds_are_known = True
 
 
@@ -7978,10 +7978,12 @@ def headline(summary: Json, record: RunRecord) -> str:
         words = [f"{merged} of {pairs} {verb}"]
     else:
         words = ["nothing to merge"]
+    unfinished = "unfinished"
+    if summary["unfinished_but_merged"]:
+        unfinished += f" ({summary['unfinished_but_merged']:,} merged in DevRev)"
     words += in_words(
         {**summary, "failed": summary["failed_merges"] - summary["cancelled"]},
-        unfinished_merges="unfinished",
-        unfinished_but_merged="of them merged in DevRev",
+        unfinished_merges=unfinished,
         failed="failed",
         left="remaining",
         already_merged="merged before",
@@ -9356,7 +9358,8 @@ def show_live(
     for one in live:
         code = one["code"] or "ready"
         totals[code] += 1
-        lines.append(f"{code}  {one['email']}: {one['reason']}")
+        why = f": {one['reason']}" if one["code"] else ""
+        lines.append(f"{code}  {one['email']}{why}")
     total = ", ".join(f"{count:,} {code}" for code, count in totals.most_common())
     title = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
     print_list(run.console, title, [*lines, f"in all: {total or 'none'}"])
@@ -9464,7 +9467,7 @@ async def settle(run: RunContext) -> int:
             if pair.state not in TERMINAL:
                 settle_pair(pair)
                 ending.append(pair)
-            words = f"{pair.state.value}  {what}: {STATE_WORDS[pair.state]} {pair.accepted}"
+            words = f"{pair.state.value}  {what}: {STATE_WORDS[pair.state]} ({pair.accepted})"
             run.console.print(words)
         savepoint.save_now(ending)
         return finish_run(run, savepoint, code)
@@ -9597,7 +9600,7 @@ def merge_facts(
     facts += [("", line) for line in some(new, 3)]
     for group in plan.chosen:
         for one in group.lost_refs():
-            facts.append(("choices lose", f"{one.external_ref} ({describe_contact(one)})"))
+            facts.append(("loses", f"{one.external_ref} ({describe_contact(one)})"))
     # At most twenty, but each that may be of a shared mailbox.
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(1 for one in warnings if one["code"] == "shared_mailbox")
@@ -9713,7 +9716,7 @@ class Progress:
         if not is_first and spent < self.SLOW:
             return ""
         what = "the first merge" if is_first else "the merge"
-        return f"waiting {duration(spent)} for {what}, of {oldest.email}"
+        return f"waiting {duration(spent)} for {what} ({oldest.email})"
 
     def _forecast(
         self,
@@ -9808,7 +9811,7 @@ def note_refused(plan: Plan, merger: ContactMerger) -> None:
 # Options that say nothing of what a run did.
 NOT_REPORTED = frozenset((
     "csv", "preview", "live", "check", "status", "verify_backups", "json", "plan",
-    "choices_template", "export", "domain", "yes", "verbose", "quiet", "words",
+    "choices_template", "export", "domain", "yes", "verbose", "quiet", "words", "mode",
 ))  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(scene: Scene)
         f"{UNDECIDED},user_u2", f"{UNDECIDED},user_u3",
     ]  # fmt: skip
     uncut = scene.merge("--choices", "new.csv")
-    assert uncut.code == 2 and "cut the file down to one line a group" in uncut.refusal
+    assert uncut.code == 2 and "keep one line per address" in uncut.refusal
     again = scene.run("--csv", "contacts.csv", "--choices-template", "new.csv")
     assert again.code == 2 and Path("new.csv").read_bytes() == content
     Path("new.csv").write_text("\n".join([lines[0], *lines[1::2]]), encoding="utf-8-sig")

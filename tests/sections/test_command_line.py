@@ -159,9 +159,9 @@ LINES = [  # the second, pairs merged by then, a merge requested in second 1, wh
     (7, 2, False, ""),  # two seconds say nothing of the pace
     (30, 25, False, "90 s left"),
     (89, 34, False, "7 min left"),
-    (6, 0, True, "waiting 5 s for the first merge, of p9@example.com"),
+    (6, 0, True, "waiting 5 s for the first merge (p9@example.com)"),
     (15, 4, True, "6 min left"),
-    (61, 4, True, "waiting 60 s for the merge, of p9@example.com"),
+    (61, 4, True, "waiting 60 s for the merge (p9@example.com)"),
 ]
 
 

@@ -298,7 +298,7 @@ CHOICES: Dict[bytes, Any] = {
     b"EMAIL,REFERENCE\na,user_1\n": "no column EXTERNAL_REF (found: EMAIL, REF",
     b"EMAIL,email,EXTERNAL_REF\na,a,user_1\n": "EMAIL is there twice",
     HEAD + b"'=a@x,'=b\n'c@x,'d\n": {"=a@x": "=b", "'c@x": "'d"},
-    HEAD + b"a,user_1\neve,user_1\n A,user_2\n": "line 4: a second choice for a; cut",
+    HEAD + b"a,user_1\neve,user_1\n A,user_2\n": "line 4: a second choice for a; keep",
     HEAD + b"a@x\n": "line 2: empty EMAIL or EXTERNAL_REF",
     HEAD + b"a,b,user_1\n": "line 2: 3 fields instead of 2",
     HEAD + b" ,user_1\n": "line 2: empty EMAIL",

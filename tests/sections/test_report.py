@@ -204,7 +204,7 @@ def test_the_summary_counts_the_pairs_of_the_csv_and_the_others_apart(
         },
     }  # fmt: skip
     assert tool.headline(summary, tool.RunRecord(kind="merge")) == (
-        "3 of 12 pairs finished, 4 unfinished, 2 of them merged in DevRev, 2 failed, 2 remaining, "
+        "3 of 12 pairs finished, 4 unfinished (2 merged in DevRev), 2 failed, 2 remaining, "
         "2 merged before, 1 group skipped, of earlier runs, not in this plan: "
         "1 finished, 1 unfinished"
     )

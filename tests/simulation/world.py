@@ -465,7 +465,7 @@ async def exchange(
         timer.cancel()
     if answer is LONG:
         await asyncio.sleep(max(0.0, complete - 0.9 * timeout))
-        answer = nothing(process, f"no complete answer within {complete:g} s")
+        answer = nothing(process, f"not complete within {complete:g} s")
     process.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
     heard = f"{answer.status or answer.problem} {told(answer.data)}"
     process.trace(f"  <- {endpoint} {describe(sent.body)}: {heard}")
