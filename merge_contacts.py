@@ -2466,11 +2466,11 @@ class AnnouncedQuota(NamedTuple):
 def announced_quota(headers: Mapping[str, str]) -> AnnouncedQuota | None:
     """Read the X-Ratelimit headers; None where one is missing or odd.
 
-    Gateways send -1 or texts for "none", and a number of 400 digits must not become a float.
+    Gateways send 0, -1 or texts for "none", and a number of 400 digits must not become a float.
     """
     names = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
     texts = [str(headers.get(name, "")).strip() for name in names]
-    if not all(PLAIN_NUMBER.fullmatch(text) for text in texts):
+    if not all(PLAIN_NUMBER.fullmatch(text) for text in texts) or not float(texts[0]):
         return None
     return AnnouncedQuota(*map(float, texts))
 
@@ -2926,7 +2926,7 @@ def describe_wait(scheduler: RequestScheduler) -> str:
     wait = scheduler.wait_ends - scheduler.environment.now().monotonic
     if wait <= 0.5:
         return ""
-    if scheduler.others == scheduler.FEWER:
+    if why == scheduler.QUOTA and scheduler.others == scheduler.FEWER:
         why += ", which other programs use; a twentieth is left to them"
     return f"waiting {duration(wait)} ({why})"
 

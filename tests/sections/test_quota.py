@@ -148,7 +148,8 @@ def test_a_clock_that_is_off_costs_seconds_at_most(rolling: bool, skew: float) -
 
 TEXTS = ["-1", "", "none", "1" + "0" * 400, "1e400", "nan", "\u0663", "0x10", "12.5.1"]
 # Some gateways send seconds from now, by which nothing is known of a window.
-ODD = [("X-Ratelimit-Reset", "60"), *((name, text) for name in HEADERS for text in TEXTS)]
+ODD = [("X-Ratelimit-Reset", "60"), ("X-Ratelimit-Limit", "0")]
+ODD += [(name, text) for name in HEADERS for text in TEXTS]
 
 
 @pytest.mark.parametrize("name, text", ODD)
@@ -192,6 +193,8 @@ def test_where_others_leave_less_than_their_share_a_twentieth_is_left_to_them(
     world.scheduler.wait_ends = world.clock.steady + 7
     words = "waiting 7 s .*other programs use; a twentieth is left"
     assert re.match(words, tool.describe_wait(world.scheduler))
+    world.scheduler.waiting_for = world.scheduler.FAILURES
+    assert tool.describe_wait(world.scheduler) == "waiting 7 s (DevRev fails)"
 
 
 def test_an_interrupted_wait_counts_and_failures_are_no_wait_for_quota() -> None:
