@@ -25,9 +25,8 @@ from tests.support import ROOT, SAMPLE, Workplace
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
 
-DESCRIPTION = Path(
-    os.environ.get("DEVREV_OPENAPI") or ROOT.parent / "shared" / "openapi" / "devrev-public.json"
-)
+BESIDE = ROOT.parent / "shared" / "openapi" / "devrev-public.json"
+DESCRIPTION = Path(os.environ.get("DEVREV_OPENAPI") or BESIDE)
 pytestmark = pytest.mark.skipif(
     not DESCRIPTION.is_file(),
     reason="DevRev's OpenAPI description is not at hand (DEVREV_OPENAPI names the file)",
@@ -237,7 +236,7 @@ def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(
 ) -> None:
     organisation = organisation_of(SAMPLE)
     seen = set()
-    with Sandbox(organisation, merge_delay=60, hidden_fields=("custom_fields",)) as sandbox:
+    with Sandbox(organisation, hidden_fields=("custom_fields",)) as sandbox:
         for question in asked(organisation):
             sandbox.faults = [Fault(question.fault)] if question.fault else []
             status, answer = ask(sandbox, question)
@@ -247,13 +246,6 @@ def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(
                 # Else the tool could pass here and fail there.
                 assert description.request(question.endpoint, question.body) == [], question
             seen.add((question.endpoint, status, answer.get("type")))
-        sandbox.faults = []
-        sandbox.settle()
-        ((_, other),) = organisation.merges
-        for sandbox.gone in ("404", "state", "primary", "shadow", "unassigned"):
-            status, answer = ask(sandbox, Asked(GET, {"id": other}))
-            assert status == (404 if sandbox.gone == "404" else 200)
-            assert description.answer(GET, status, answer) == []
     assert {endpoint for endpoint, status, _ in seen if status in (200, 201)} == set(SHAPES)
     assert {kind for _, status, kind in seen if status == 400} == {
         "bad_request", "invalid_content_type", "invalid_enum_value", "invalid_field", "invalid_id",
@@ -304,17 +296,18 @@ SWITCHES: List[Dict[str, Any]] = [
     {"merge_joins": ("phone_numbers", "tags", "external_refs")},
     {"visitors_verified": False},
 ]
-SWITCHES.sort(key=str)
 
 
-@pytest.mark.parametrize(
-    "switches",
-    [
-        pytest.param(one, marks=[pytest.mark.slow] if number % 4 else [])
-        for number, one in enumerate(SWITCHES)
-    ],
-    ids=str,
-)
+def quarter(cases: List[Any]) -> List[Any]:
+    """For `parametrize`: the fast run takes every fourth."""
+    found = sorted(cases, key=str)
+    for number, case in enumerate(found):
+        if number % 4:
+            found[number] = pytest.param(case, marks=pytest.mark.slow)
+    return found
+
+
+@pytest.mark.parametrize("switches", quarter(SWITCHES), ids=str)
 def test_no_switch_makes_an_answer_that_the_description_does_not_know(
     description: Description, switches: Dict[str, Any]
 ) -> None:
@@ -384,14 +377,6 @@ def as_tickets(body: Dict[str, Any]) -> Dict[str, Any]:
     return {**body, "type": "ticket"} if kinds in OTHER_WORK_KINDS else body
 
 
-def test_an_answer_over_quota_says_how_long_to_wait(description: Description) -> None:
-    with Sandbox(Organisation(), quota=(1, 60)) as sandbox:
-        assert ask(sandbox, Asked(ME, {}))[0] == 200
-        status, answer = ask(sandbox, Asked(ME, {}))
-    assert status == 429 and 0 < answer["retry_after"] <= 60
-    assert description.answer(ME, 429, answer) == []
-
-
 def test_the_check_itself_sees_what_is_wrong(description: Description) -> None:
     """A validator that lets everything through would prove nothing."""
     for endpoint, body in (
@@ -427,28 +412,3 @@ def ask(sandbox: Sandbox, question: Asked) -> Any:
     except urllib.error.HTTPError as refused:
         with refused:
             return refused.code, json.loads(refused.read())
-
-
-def test_which_answers_go_beyond_the_description(description: Description) -> None:
-    """What DevRev's pages, or its users, tell of beyond it: each has to be asked for."""
-    organisation = Organisation()
-    add = organisation.add_contact
-    primary = add("1", "ada@example.com", verified=False, external_refs=["user_1", "crm_1"])
-    other = add("2", "ada@example.com", "user_2")
-    merge = Asked(MERGE, {"primary_user": primary, "secondary_user": other})
-    with Sandbox(organisation, merge_delay=60) as sandbox:
-        for sandbox.merge_answer in CHOICES["merge_answer"]:
-            status, answer = ask(sandbox, merge)
-            known = (status, answer) == (200, {})
-            assert known == (sandbox.merge_answer == "200"), sandbox.merge_answer
-            assert not known or description.answer(MERGE, status, answer) == []
-        for sandbox.verified_shown in ("shown", "null"):
-            status, answer = ask(sandbox, Asked(GET, {"id": primary}))
-            assert description.answer(GET, status, answer)
-            assert description.answer(GET, status, public(answer)) == []
-        sandbox.settle()
-        for sandbox.gone in set(World.ODD) - {"hang", "drip", "502"}:
-            status, answer = ask(sandbox, Asked(GET, {"id": other}))
-            flaws = description.answer(GET, status, public(answer))
-            odd = sandbox.gone in ("404-route", "404-other", "410", "shape", "empty")
-            assert bool(flaws) == odd, (sandbox.gone, flaws)
