@@ -239,16 +239,6 @@ def cancel(scene: Scene, *options: str) -> None:
     scene.world.faults.remove(never)
 
 
-def test_a_cancelled_merge_that_devrev_carries_out_is_finished_and_said(scene: Scene) -> None:
-    pair = scene.pair(1)
-    cancel(scene)
-    scene.organisation.merge(*pair)
-    run = scene.merge(*QUICK)
-    assert run.code == 1 and scene.reference(pair[0]) == "user_1"
-    assert [entry["email"] for entry in run.report["successful_merges"]] == [FIRST]
-    assert "--undo" in run.out + run.err and scene.merge(*QUICK).code == 0
-
-
 @pytest.mark.parametrize("gone", ["404", "state", "301", "primary", "shadow"])
 @pytest.mark.parametrize("by", ["merged into another", "deleted"])
 def test_a_cancelled_pair_whose_duplicate_is_gone_in_another_way_stays_cancelled(
@@ -283,15 +273,6 @@ def test_a_cancelled_pair_without_objects_stays_cancelled_unless_devrev_names_th
     assert run.rows[pair[1]]["state"] == "done" and not run.report["references_to_set"]
 
 
-def test_a_cancelled_merge_is_never_requested_again_unnamed(scene: Scene) -> None:
-    pair = scene.pair(1)
-    cancel(scene)
-    scene.export()
-    assert scene.merge(*QUICK).code == 0 and scene.count("rev-users.merge") == 1
-    scene.clock.advance(600)
-    assert scene.merge(*QUICK, "--email", FIRST).code == 0 and scene.merged(pair)
-
-
 def test_a_cancelled_merge_that_is_named_has_the_whole_wait_before_it_is_requested_again(
     scene: Scene,
 ) -> None:
@@ -308,21 +289,6 @@ def test_a_merged_pair_can_be_settled_whatever_keeps_it_open(scene: Scene) -> No
     assert run.rows[pair[1]]["state"] == "proving" and run.code in (1, 3)
     settled = scene.settle(FIRST)
     assert settled.code == 0 and settled.rows[pair[1]]["state"] == "settled"
-
-
-def test_a_pair_without_its_reference_is_settled_after_two_runs_and_says_where_to_set_it(
-    scene: Scene,
-) -> None:
-    _, duplicate = scene.pair(1)
-    scene.world.reference_updates = "400"
-    assert scene.merge(*QUICK).codes == {FIRST: "external_ref_not_set"}
-    assert scene.settle(FIRST).code == 1
-    assert scene.merge(*QUICK).code == 1
-    settled = scene.settle(FIRST)
-    assert settled.code == 0 and "set it on REVU-P1" in settled.out
-    (entry,) = settled.report["settled"]
-    assert entry["reference_not_set"] == "user_1" and "REVU-P1" in entry["accepted"]
-    assert settled.rows[duplicate]["state"] == "settled"
 
 
 def test_a_pair_whose_primary_was_merged_into_another_can_be_settled(scene: Scene) -> None:
