@@ -41,7 +41,7 @@ TESTS = {  # files in tests/sections, by the first words of a section's title
     "Export": "export",
     "Undo": "undo",
     "Report": "report page",
-    "Estimate": "report",
+    "Estimate": "estimate",
     "Console": "command_line",
     "Preview": "detection choices command_line",
     "Command line": "command_line",
