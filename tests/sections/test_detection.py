@@ -765,6 +765,7 @@ def test_a_pair_that_was_requested_is_not_dropped_and_one_that_was_merged_counts
     half_done.pairs[0].state = State.DONE
     assert result(look(elsewhere, **merged)) == result(look(half_done, **merged)) == {}
     assert result(look(half_done, _2=None)) == "external_ref_changed"
+    assert result(look(half_done, _1=HAS_IT, listed=[live(NAMESAKE)])) == {}, "lists lag"
 
 
 HALF: List[Tuple[Dict[str, Any], bool]] = [

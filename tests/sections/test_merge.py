@@ -273,6 +273,19 @@ def test_a_cancelled_pair_without_objects_stays_cancelled_unless_devrev_names_th
     assert run.rows[pair[1]]["state"] == "done" and not run.report["references_to_set"]
 
 
+def test_a_cancelled_pair_whose_duplicate_a_later_run_has_merged_stays_cancelled(
+    scene: Scene,
+) -> None:
+    primary, duplicate = scene.pair(1)
+    cancel(scene)
+    other = scene.organisation.add_contact("Z", FIRST)
+    scene.export(leave_out=[primary])
+    assert scene.merge("--email", FIRST).code == 0 and scene.merged((other, duplicate))
+    scene.organisation.merge(primary, other)  # so that all objects are its primary's
+    scene.merge()
+    assert scene.rows[primary, duplicate]["state"] == "cancelled"
+
+
 def test_a_cancelled_merge_that_is_named_has_the_whole_wait_before_it_is_requested_again(
     scene: Scene,
 ) -> None:
