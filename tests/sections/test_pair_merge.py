@@ -260,6 +260,7 @@ poll=elsewhere           -> acknowledged merged_into_another: lists merge poll
 poll=locked              -> done: lists merge poll work lists set lists
 merge=lost! poll=locked  -> done: lists merge poll work lists set lists
 merge=lost poll=locked -> requested not_active: lists merge (poll work)+ lists read lists poll work
+merge=odd poll=locked    -> acknowledged merge_not_confirmed: lists merge (poll work)+
 poll=route               -> acknowledged api_error: lists merge poll
 poll=400                 -> done: lists merge poll lists holders work lists set lists
 poll=odd                 -> done: lists merge poll lists holders work lists set lists
@@ -294,6 +295,9 @@ set=400 read=deleted  -> acknowledged not_found: lists merge poll set read poll
 set=400 read=hand  -> merged external_ref_changed: lists merge poll set read
 set=400 read=500      -> merged external_ref_not_set: lists merge poll set read
 emails=old+there,hand read=hand -> proving external_ref_changed: lists merge poll set lists read
+emails=there+old,nobody read=404 -> acknowledged not_found: lists merge poll set lists read poll
+emails=there+old,nobody read=404 with=no-reference -> acknowledged not_found: \
+lists merge poll lists read poll
 # left by an earlier run
 from=requested           -> done: poll lists read lists poll merge poll set lists
 from=requested!          -> done: poll read set lists
