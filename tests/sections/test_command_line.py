@@ -25,6 +25,10 @@ USAGE = {
     "contacts.csv": "unrecognized arguments: contacts.csv",
     "--csv contacts.csv --check --status": "--check and --status don't go together",
     "--export new.csv --yes": "--json goes with a merge, --preview,",
+    "--export new.csv --csv contacts.csv": ", not with --export",
+    "--export new.csv --limit 1": ", not with --export",
+    "--export new.csv --settle a@example.com": "--export and --settle don't go together",
+    "--export new.csv --domain": "--domain: expected one argument",
     "--csv contacts.csv --live": "--live goes with --preview, not with a merge",
     "--undo reports/x.json --live --preview": "--live goes with --preview, not with --undo",
     "--undo reports/x.json --plan 1": "--plan goes with a merge, --preview, not with --undo",
@@ -191,11 +195,9 @@ def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started(scene
     scene.fault("merge-never", "rev-users.merge", skip=1)
     scene.at(20.0, scene.ctrl_c)
     run = scene.merge("--limit", "3", "--merge-timeout", "60")
-    words = "1 of 4 pairs finished, 2 unfinished, 1 remaining, 1 merged before"
-    assert run.code == 130 and words in run.out and run.report["run"]["headline"] == words
-    todo = "accepted by DevRev, not yet confirmed; still to do: confirm the merge, set the ref"
-    assert len(re.findall(f"UNFINISHED .*{todo}", run.out)) == 2
-    assert (run.report["summary"]["unfinished_merges"], run.report["summary"]["left"]) == (2, 1)
+    summary = run.report["summary"]
+    assert run.code == 130 and (summary["unfinished_merges"], summary["left"]) == (2, 1)
+    assert run.out.count("still to do: confirm the merge, set the ref") == 2
     out = scene.run("--csv", "contacts.csv", "--preview").out
     assert "TO FINISH FIRST, from earlier runs: 2 pairs" in out
 

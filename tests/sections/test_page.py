@@ -18,17 +18,8 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 
-from merge_contacts import (
-    ADVICE,
-    REPORT_PAGE,
-    STATE_WORDS,
-    State,
-    UndoProgress,
-    merge_entry,
-    page_chunks,
-    to_json,
-    undo_entry,
-)
+import merge_contacts as tool
+from merge_contacts import ADVICE, REPORT_PAGE, STATE_WORDS, State
 from tests.sections.test_savepoint import pair_of
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -72,7 +63,7 @@ Report = Dict[str, Any]
 
 def entry(number: int, state: State, code: str = "", **fields: Any) -> Report:
     error = f"said for pair {number}" if code else ""
-    return merge_entry(pair_of(number, state, code=code, error=error, **fields), None)
+    return tool.merge_entry(pair_of(number, state, code=code, error=error, **fields), None)
 
 
 def report_of(merged: int = 1, kind: str = "merge", **lists: List[Report]) -> Report:
@@ -86,7 +77,7 @@ def report_of(merged: int = 1, kind: str = "merge", **lists: List[Report]) -> Re
 
 def page_of(report: Report) -> bytes:
     run = report["run"]
-    return b"".join(page_chunks(run["kind"], run["headline"], [to_json(report)]))
+    return b"".join(tool.page_chunks(run["kind"], run["headline"], [tool.to_json(report)]))
 
 
 def with_texts(value: Any, text: str) -> Any:
@@ -366,12 +357,14 @@ def test_a_phone_scrolls_in_one_direction(show: Any) -> None:
 
 @needs_browser
 def test_the_page_of_an_undo_shows_what_came_back(show: Any) -> None:
-    progress = UndoProgress("reports/x", "done", "", 0, contact="new", display_id="REVU-900")
-    undone = undo_entry(pair_of(1, State.UNDONE, undo=progress))
+    progress = tool.UndoProgress("reports/x", "done", "", 0, contact="new", display_id="REVU-900")
+    undone = tool.undo_entry(pair_of(1, State.UNDONE, undo=progress))
     undone["restored"] = LEFT
     undone["left"] = [{**LEFT[0], "display_id": "TKT-8", "why": "given to others"}]
     undone["not_restored"] = [{"what": "created_by", "why": "the primary stays the creator"}]
-    failed = undo_entry(pair_of(2, State.DONE, code="external_ref_changed", error="set by others"))
+    failed = tool.undo_entry(
+        pair_of(2, State.DONE, code="external_ref_changed", error="set by others")
+    )
     report = {**report_of(0, "undo"), "undone": [undone], "failed": [failed]}
     report["summary"] = {"undone": 1, "failed": 1}
     page = show(report)
