@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import re
 import shutil
 import sqlite3
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
+from unittest.mock import Mock
 
 import pytest
 
@@ -217,6 +222,133 @@ def test_the_estimate_is_what_the_run_takes(scene: Scene) -> None:
     preview = json.loads(scene.run("--csv", "contacts.csv", "--preview", "--json").out)
     taken = scene.merge().report["run"]["requests_total"]
     assert abs(taken - preview["summary"]["estimated_requests"]) <= 0.25 * taken
+
+
+# -- the console -----------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of twenty columns."""
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "20")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def console_on(terminal: Terminal, **given: Any) -> tool.Console:
+    with contextlib.redirect_stderr(terminal):
+        return tool.Console(**given)
+
+
+def test_a_status_line_is_cut_and_gives_way_to_what_comes(terminal: Terminal) -> None:
+    console = console_on(terminal)
+    console.status("x" * 30)
+    console.print_err("done")
+    console.print_err("more")
+    assert terminal.getvalue() == "x" * 19 + "\r\x1b[Kdone\nmore\n"
+
+
+@pytest.mark.parametrize("why", ["quiet", "dumb", "busy"])
+def test_there_is_no_status_line_where_it_would_disturb(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setenv("TERM", "dumb" if why == "dumb" else "xterm")
+    console = console_on(terminal, quiet=why == "quiet")
+    if why == "busy":
+        console._output.jobs.put((terminal, "not yet written"))
+    console.status("1 of 9")
+    assert terminal.getvalue() == ""
+
+
+def test_a_long_line_is_wrapped_and_indented_on_a_terminal(terminal: Terminal) -> None:
+    console = console_on(terminal)
+    console.print_err(f"  {'x' * 18}")
+    console.print_err("  ab cd ef gh ij kl mn", "bad")
+    console.print("x" * 30, to=io.StringIO())
+    red, end = "\x1b[31m", "\x1b[0m\n"
+    lines = f"{red}  ab cd ef gh ij kl{end}{red}    mn{end}"
+    assert terminal.getvalue() == f"  {'x' * 18}\n{lines}"
+
+
+def test_results_as_json_are_ascii_and_apart_from_the_rest(terminal: Terminal) -> None:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        console = tool.Console(out=terminal)
+    console.json([b'{"a": "\xc3\xa9\x7f~', b'"}'])
+    console.print("all else")
+    assert out.getvalue() == '{"a": "\\u00e9\\u007f~"}' and terminal.getvalue() == "all else\n"
+
+
+def test_long_results_wait_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = tool.Console()
+    monkeypatch.setattr(console._output, "_is_started", True)  # and nothing is ever written
+    monkeypatch.setattr(tool.time, "sleep", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        for _ in range(99):
+            console.stream("a piece")
+    assert console._output.jobs.qsize() == 11
+
+
+class Pipe(io.RawIOBase):
+    """Takes five bytes at a time, and every other time none."""
+
+    def __init__(self, error: type[OSError] | None = None) -> None:
+        self.taken, self.calls, self.error = b"", 0, error
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int | None:
+        self.calls += 1
+        if self.error:
+            raise self.error("no more")
+        taken = bytes(data[:5]) if self.calls % 2 else b""
+        self.taken += taken
+        return len(taken) or None
+
+
+@pytest.mark.parametrize("error, why", [(None, ""), (BrokenPipeError, ""), (OSError, "no more")])
+def test_a_pipe_is_told_all_or_why_not(error: Any, why: str) -> None:
+    pipe, output = Pipe(error), tool.Output()
+    stream = io.TextIOWrapper(io.BufferedWriter(pipe), encoding="ascii")
+    output.start()
+    output.put(stream, "caf\u00e9 \u00b7 closed")
+    assert output.finish(lambda: 5.0) and output.failures.get(stream, "") == why
+    assert pipe.taken == (b"" if error else b"caf\\xe9 \\xb7 closed")
+
+
+@pytest.mark.parametrize("stream, patience", [(Terminal(), 9.0), (io.StringIO(), 0.05)], ids=str)
+def test_what_takes_nothing_is_not_waited_for_longer_than_that(
+    stream: Any, patience: float
+) -> None:
+    output, freed = tool.Output(), threading.Event()
+    output.PATIENCE = 0.1  # with a terminal
+    stream.write = lambda _text: freed.wait(10)
+    output.start()
+    output.put(stream, "never written")
+    started = time.monotonic()
+    assert not output.finish(lambda: patience) and time.monotonic() - started < 5
+    freed.set()
+    assert output.finish(lambda: 5.0)
+
+
+def test_the_log_has_each_record_in_a_line_without_the_token(terminal: Terminal) -> None:
+    console = console_on(terminal)
+    console.mask = lambda text: text.replace("secret", "***")
+    handler = tool.LogHandler(console, logging.WARNING)
+    handler.file = io.StringIO()
+    for level in (logging.INFO, logging.WARNING, logging.ERROR):
+        handler.emit(logging.LogRecord("", level, "", 0, "a secret\n%s", ("b",), None))
+    assert "".join(terminal.getvalue().split()) == r"warning:a***\nb"
+    lines = handler.file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["INFO", "WARNING", "ERROR"]
+    assert "secret" not in "".join(lines)
 
 
 # -- modes that only read --------------------------------------------------------------------------

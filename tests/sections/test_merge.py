@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import merge_contacts as tool
 from tests.fake.organisation import Organisation
 from tests.simulation.scene import Scene
 
@@ -70,6 +71,11 @@ def test_one_object_of_two_proves_nothing(scene: Scene) -> None:
 
     scene.after("rev-users.merge", look_merged)
     assert scene.merge(*QUICK).code == 1 and scene.count("rev-users.update") == 0
+
+
+def test_an_answer_that_is_not_understood_says_which_error_it_raised() -> None:
+    problem = tool.odd_answer(FIRST, KeyError("rev_org"))
+    assert problem.code == "api_error" and "KeyError: 'rev_org'" in str(problem)
 
 
 # -- the last read decides -------------------------------------------------------------------------
