@@ -19,7 +19,6 @@ cpu         Processor time a request, of the whole process. The yardstick is a l
             many requests with `requests`, parses the answers, and does nothing else.
 csv         `--preview` of a big export against pandas, which counts the two kinds of references
             per email: the least that any detection has to do. The targets are for a million rows.
-export      What `--export` costs where a tenth of the contacts have an email that recurs.
 start       What `--help` and the preview of two rows take, against a Python that does nothing.
 """
 
@@ -62,12 +61,11 @@ class Figure(NamedTuple):
 
 
 def at_most(
-    name: str, value: float, limit: float, measured: str, yardstick: str = "", unit: str = "x"
+    name: str, value: float, limit: float, measured: str, yardstick: str = "", form: str = "{:.2f}x"
 ) -> Figure:
-    scale = 100 if unit == "%" else 1
-    said = f"{value * scale:.2f} {unit}".replace(" x", "x").strip()
     met = "met" if value <= limit else "MISSED"
-    return Figure(name, measured, yardstick, said, f"<= {limit * scale:.3g}{unit}", met)
+    target = f"<= {form.format(limit)}"
+    return Figure(name, measured, yardstick, form.format(value), target, met)
 
 
 # -- the tool and the yardstick ------------------------------------------------------------------
@@ -95,16 +93,14 @@ def organisation_of(pairs: int, most: int = 4, least: int = 0) -> Organisation:
     return organisation
 
 
-def run_tool(
-    organisation: Organisation, environment: Mapping[str, str] = {}, **conditions: Any
-) -> Outcome:
+def run_tool(organisation: Organisation, **conditions: Any) -> Outcome:
     """Let the tool merge a whole organisation, without a rate limit of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Workplace(Path(folder), forks=False)
+        place = Workplace(Path(folder))
         place.export(organisation)
         with Sandbox(organisation, **conditions) as sandbox:
             begun = time.monotonic()
-            place.run(sandbox, "--yes", timeout=1200, check=0, **environment)
+            place.run(sandbox, "--yes", python=[PYTHON], timeout=1200, check=0)
             return outcome(sandbox, begun)
 
 
@@ -195,7 +191,7 @@ def bench_requests(_rows: int) -> Iterator[Figure]:
     other = run_yardstick(organisation_of(pairs), merge_delay=0.1)
     each, others = tool.besides_timelines / pairs, other.besides_timelines / pairs
     name = f"requests a pair, besides timelines ({pairs} pairs)"
-    yield at_most(name, each, 3.6, f"{each:.2f}", unit="")
+    yield at_most(name, each, 3.6, f"{each:.2f}", form="{:.2f}")
     fewer = f"{others / each:.1f}x fewer"
     yield Figure("  as the one-at-a-time client", f"{each:.2f}", f"{others:.2f}", fewer)
     for endpoint in sorted({*tool.requests, *other.requests}):
@@ -211,7 +207,7 @@ def bench_quota(_rows: int) -> Iterator[Figure]:
     floor = (math.ceil((total - refused) / limit) - 1) * window
     name = f"time under a quota ({total} requests, {limit} in {window:g} s)"
     yield at_most(name, tool.seconds / floor, 1.15, f"{tool.seconds:.1f} s", f"{floor:.1f} s")
-    yield at_most("  answered 429", refused / total, 0.01, f"{refused}", f"{total}", "%")
+    yield at_most("  answered 429", refused / total, 0.01, f"{refused}", f"{total}", "{:.1%}")
 
 
 def bench_latency(_rows: int) -> Iterator[Figure]:
@@ -299,24 +295,6 @@ def bench_csv(rows: int) -> Iterator[Figure]:
         yield figure if rows >= 1_000_000 else figure._replace(target="", met="")
 
 
-def bench_export(_rows: int) -> Iterator[Figure]:
-    pairs, contacts = 500, 10_000
-    organisation = organisation_of(pairs)
-    for number in range(contacts - 2 * pairs):
-        organisation.add_contact(f"S{number}", f"single{number}@example.org")
-    with tempfile.TemporaryDirectory() as folder, Sandbox(organisation) as sandbox:
-        settings = dict(sandbox.environment(), DEVREV_RATE_LIMIT_CALLS="0")
-        command = [PYTHON, str(SCRIPT), "--export", "contacts.csv"]
-        use = use_of(command, folder, "exported", settings)
-        seen = Counter(request.endpoint for request in sandbox.requests)
-    each = seen["works.list"] / (2 * pairs) * 100
-    which = f"of the contacts whose email recurs ({2 * pairs:,} of {contacts:,})"
-    yield at_most(f"list calls for 100 {which}", each, 10, f"{each:.1f}", unit="")
-    pages, least = str(seen["rev-users.list"]), str(contacts // 100)
-    yield Figure(f"  for the list of all {contacts:,} contacts", pages, least)
-    yield Figure("  peak memory", use.memory)
-
-
 def bench_start(_rows: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
@@ -333,8 +311,7 @@ def bench_start(_rows: int) -> Iterator[Figure]:
 PARTS = {
     part.__name__[len("bench_") :]: part
     for part in (
-        bench_requests, bench_quota, bench_latency, bench_cpu, bench_csv, bench_export,
-        bench_start,
+        bench_requests, bench_quota, bench_latency, bench_cpu, bench_csv, bench_start,
     )
 }  # fmt: skip
 
@@ -406,12 +383,10 @@ print(json.dumps([last, seconds, peak]))
 """
 
 
-def use_of(
-    command: Sequence[str], folder: str, expected: str, settings: Mapping[str, str] = {}
-) -> Use:
+def use_of(command: Sequence[str], folder: str, expected: str) -> Use:
     """Run a command once, the last line of whose output begins with what is expected."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DEVREV_")}
-    environment = {**kept, "PYTHONIOENCODING": "utf-8", **settings}
+    environment = {**kept, "PYTHONIOENCODING": "utf-8"}
     start = [PYTHON, "-c", MEASURE, *command]
     last, *used = json.loads(subprocess.check_output(start, cwd=folder, env=environment))
     assert last.startswith(expected), f"{command[1:4]} ended with {last!r}"

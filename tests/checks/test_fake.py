@@ -15,6 +15,7 @@ from tests.sandbox import Sandbox, page
 from tests.support import pair
 
 EMAIL = "person1@example.com"
+ME = "dev-users.self"
 Row = Tuple[Dict[str, Any], str, Dict[str, Any], str]
 
 
@@ -30,13 +31,11 @@ class Played:
         primary, duplicate = pair(self.organisation, 1)
         self.ids = {"P": primary, "D": duplicate, "W": next(iter(self.organisation.works))}
         self.primary, self.duplicate = primary, duplicate
-        of_world = {}
-        for name, value in self._with_ids(switches).items():
-            if hasattr(self.organisation, name):
-                setattr(self.organisation, name, set(value) if isinstance(value, list) else value)
-            else:
-                of_world[name] = value
-        self.world = World(self.organisation, lambda: self.now, **of_world)
+        switches = self._with_ids(switches)
+        for name in {*switches} & {*dir(self.organisation)}:
+            value = switches.pop(name)
+            setattr(self.organisation, name, set(value) if isinstance(value, list) else value)
+        self.world = World(self.organisation, lambda: self.now, **switches)
 
     def _with_ids(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -45,12 +44,11 @@ class Played:
             return [self._with_ids(one) for one in value]
         return self.ids.get(value, value) if isinstance(value, str) else value
 
-    def answer(self, endpoint: str, **body: Any) -> Answer:
+    def answer(self, endpoint: str = ME, **body: Any) -> Answer:
         return self.world.respond(endpoint, self._with_ids(body), self.world.token)
 
-    def ask(self, endpoint: str, **body: Any) -> Tuple[int, Any]:
-        answer = self.answer(endpoint, **body)
-        return answer.status, json.loads(answer.payload)
+    def content(self, endpoint: str, **body: Any) -> Any:
+        return json.loads(self.answer(endpoint, **body).payload)
 
     def told(self, endpoint: str, **body: Any) -> str:
         """An answer in a few words: its status, and what it refuses, shows or lists."""
@@ -81,7 +79,7 @@ class Played:
         """The contacts of each page of a list, up to its end."""
         found = []
         while True:
-            content = self.ask(LIST, **body)[1]
+            content = self.content(LIST, **body)
             found.append("".join(self.name(one["id"]) for one in content["rev_users"]))
             if "next_cursor" not in content:
                 return found
@@ -384,18 +382,18 @@ def test_pages_come_as_the_switches_say(switches: Dict[str, Any], pages: List[st
         played.organisation.add_contact(key, "a@example.com")
     body: Dict[str, Any] = {"email": ["a@example.com"], "limit": 2}
     assert played.pages(**body) == pages
-    body["cursor"] = played.ask(LIST, **body)[1]["next_cursor"]
+    body["cursor"] = played.content(LIST, **body)["next_cursor"]
     assert played.told(LIST, limit=2, cursor=body["cursor"]) == "400 value_not_permitted"
     played.now += 11
-    assert (played.ask(LIST, **body)[0] == 400) == ("cursor_life" in switches)
+    assert (played.answer(LIST, **body).status == 400) == ("cursor_life" in switches)
 
 
 def test_pages_continue_where_they_were_while_objects_come_and_go(played: Played) -> None:
     for key in "ABC":
         played.organisation.add_contact(key, "a@example.com")
-    content = played.ask(LIST, limit=2)[1]
+    cursor = played.content(LIST, limit=2)["next_cursor"]
     played.organisation.delete_contact(played.primary)
-    assert played.told(LIST, cursor=content["next_cursor"]) == "200 A B C"
+    assert played.told(LIST, cursor=cursor) == "200 A B C"
 
 
 # -- quota -----------------------------------------------------------------------------------------
@@ -403,24 +401,24 @@ def test_pages_continue_where_they_were_while_objects_come_and_go(played: Played
 
 def test_others_spend_of_the_quota_too() -> None:
     played = Played(quota=(10, 60, 4))
-    left = [played.answer("dev-users.self").headers["X-Ratelimit-Remaining"] for _ in range(3)]
+    left = [played.answer().headers["X-Ratelimit-Remaining"] for _ in range(3)]
     assert left == ["5", "4", "3"] and played.world.quota is not None
     played.world.quota.spend(3)
-    assert played.ask("dev-users.self")[0] == 429 and played.world.over_quota == 1
+    assert played.answer().status == 429 and played.world.over_quota == 1
     played.now += 60
-    assert played.ask("dev-users.self")[0] == 200
+    assert played.answer().status == 200
 
 
 def test_a_rolling_window_announces_a_reset_that_is_always_a_window_away() -> None:
     played = Played(quota=(3, 4.0, 0, True))
     for second in (0, 1, 2):
         played.now = 1000.0 + second
-        headers = played.answer("dev-users.self").headers
+        headers = played.answer().headers
         assert headers["X-Ratelimit-Reset"] == f"{played.now + 4:.3f}"
         assert headers["X-Ratelimit-Remaining"] == str(2 - second)
-    assert played.answer("dev-users.self").headers["Retry-After"] == "2.000"
+    assert played.answer().headers["Retry-After"] == "2.000"
     played.now = 1004.0
-    assert [played.answer("dev-users.self").status for _ in range(2)] == [200, 429]
+    assert [played.answer().status for _ in range(2)] == [200, 429]
 
 
 @pytest.mark.parametrize("fault", ["", "429", "429-header", "429-body", "429-bare"])
@@ -428,7 +426,7 @@ def test_a_rolling_window_announces_a_reset_that_is_always_a_window_away() -> No
 def test_a_429_says_how_long_to_wait_here_there_or_nowhere(where: str, fault: str) -> None:
     played = Played(quota=(9 if fault else 0, 60.0), retry_after=where)
     played.world.faults = [Fault(fault, detail=60)] if fault else []
-    answer = played.answer("dev-users.self")
+    answer = played.answer()
     told = fault[4:] or "both"
     assert answer.status == 429
     assert ("Retry-After" in answer.headers) == ({told, where} <= {"both", "header"})
@@ -439,9 +437,9 @@ def test_a_429_says_how_long_to_wait_here_there_or_nowhere(where: str, fault: st
 
 def test_headers_of_the_quota_may_be_missing_or_odd() -> None:
     played = Played(quota=(5, 60.0), quota_headers=False)
-    assert played.answer("dev-users.self").headers == {}
+    assert played.answer().headers == {}
     played.world.faults = [Fault("odd-quota", detail="soon")]
-    assert list(played.answer("dev-users.self").headers.values()) == ["soon"] * 3
+    assert list(played.answer().headers.values()) == ["soon"] * 3
 
 
 # -- the rest --------------------------------------------------------------------------------------

@@ -187,12 +187,8 @@ class Sandbox(World):
     def __enter__(self) -> Sandbox:
         self._server = Server(self, self._port)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._threads = [
-            threading.Thread(
-                target=self._server.serve_forever, args=(0.02,), name="sandbox", daemon=True
-            ),
-            threading.Thread(target=self._keep_time, name="sandbox-time", daemon=True),
-        ]
+        loops = lambda: self._server.serve_forever(0.02), self._keep_time
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         for thread in self._threads:
             thread.start()
         return self

@@ -12,9 +12,10 @@ calls give the same world.
     body = {"primary_user": primary, "secondary_user": secondary}
     answer = world.respond("rev-users.merge", body, world.token)
 
-What is known of DevRev only either way is a switch, off by default: an attribute of World, below,
-or of Organisation. What strikes single requests, once, often or always, is a Fault. Any text may
-hold half an emoji (HALF_EMOJI).
+What is known of DevRev only either way is a switch, off by default: a line in World, below, or in
+Organisation, and no more than a few where tests.fake.api answers; `tests.sandbox serve --set` takes
+those of World. What strikes single requests, once, often or always, is a Fault of
+tests.fake.trouble. Any text may hold half an emoji (HALF_EMOJI).
 """
 
 from __future__ import annotations
