@@ -112,13 +112,6 @@ def test_without_timelines_the_manifest_says_so(scene: Scene) -> None:
     assert scene.count("timeline-entries.list") == 0
 
 
-def test_a_token_that_is_not_accepted_changes_nothing(scene: Scene) -> None:
-    scene.pair(1)
-    scene.fault("401", "dev-users.self")
-    run = scene.merge()
-    assert run.code == 2 and "DEVREV_API_TOKEN" in run.refusal and len(run.requests) == 1
-
-
 def test_settling_a_merge_that_devrev_has_accepted_asks_first(scene: Scene) -> None:
     scene.pair(1)
     scene.fault("merge-never", "rev-users.merge")
@@ -194,19 +187,6 @@ def test_the_status_line_tells_the_pace_of_the_last_minute_or_what_is_slow(
     assert line == " \u00b7 ".join(filter(None, [f"{merged} of 100 pairs merged", says]))
 
 
-def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started(scene: Scene) -> None:
-    scene.pairs(5)
-    scene.merge("--email", ADA)
-    scene.fault("merge-never", "rev-users.merge", skip=1)
-    scene.at(20.0, scene.ctrl_c)
-    run = scene.merge("--limit", "3", "--merge-timeout", "60")
-    summary = run.report["summary"]
-    assert run.code == 130 and (summary["unfinished_merges"], summary["left"]) == (2, 1)
-    assert run.out.count("still to do: confirm the merge, set the ref") == 2
-    out = scene.run("--csv", "contacts.csv", "--preview").out
-    assert "TO FINISH FIRST, from earlier runs: 2 pairs" in out
-
-
 def test_failures_are_grouped_with_what_to_do(scene: Scene) -> None:
     pairs = scene.pairs(4)
     scene.export({pairs[n][0]: {"tickets": 77} for n in (0, 1)})
@@ -214,14 +194,6 @@ def test_failures_are_grouped_with_what_to_do(scene: Scene) -> None:
     assert "2 count_mismatch: person1@example.com, person2@example.com" in run.out
     advice = tool.ADVICE["count_mismatch"]
     assert f"what to do: {advice}" in run.out and "next: do what is said above" in run.err
-
-
-def test_the_estimate_is_what_the_run_takes(scene: Scene) -> None:
-    scene.pairs(30, tickets=(3, 1))
-    scene.export()
-    preview = json.loads(scene.run("--csv", "contacts.csv", "--preview", "--json").out)
-    taken = scene.merge().report["run"]["requests_total"]
-    assert abs(taken - preview["summary"]["estimated_requests"]) <= 0.25 * taken
 
 
 # -- the console -----------------------------------------------------------------------------------
@@ -450,11 +422,3 @@ def test_verify_backups_names_what_is_damaged_or_missing(scene: Scene, name: str
 def test_verify_backups_of_a_folder_without_backups_is_a_mistake(scene: Scene) -> None:
     assert "reports holds no backup" in scene.run("--verify-backups", "reports").refusal
     assert "is not a folder" in scene.run("--verify-backups", "nowhere").refusal
-
-
-def test_the_report_of_a_killed_run_is_where_the_next_run_says(scene: Scene) -> None:
-    scene.pair(1)
-    scene.kill("sending rev-users.merge")
-    assert scene.merge().code is None
-    (report,) = re.findall("before its report; it is (.*)", scene.merge().err)
-    assert json.loads(Path(report).read_bytes())["run"]["stopped"] == "killed"
