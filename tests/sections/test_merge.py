@@ -422,7 +422,6 @@ def test_a_refused_field_is_lost_and_holds_up_nothing(scene: Scene) -> None:
     run = scene.merge("--carry-fields")
     assert run.code == 0 and scene.merged(pair)
     assert ("phone_numbers", "+15550101") in lost(run)
-    assert ("description", "prefers email") not in lost(run)
 
 
 @pytest.mark.parametrize("moment", ["rev-users.merge", "rev-users.update", "works.list"])
