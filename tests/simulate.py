@@ -6,6 +6,8 @@
 How to read a failing scenario is in tests/README.md.
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import multiprocessing
@@ -19,22 +21,17 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from tests.fake.organisation import org_id_of
 from tests.fake.trouble import Fault, Request
 from tests.fake.world import SWITCHES, World
+from tests.simulation import expected
 from tests.simulation.concurrent_edits import ConcurrentEdits
-from tests.simulation.expected import COPY, MAIN, STOPPING, Ids, Row, groups_of, instant
+from tests.simulation.expected import COPY, MAIN, STOPPING, Ids, Row, groups_of, instant, pairs_in
 from tests.simulation.organisations import Draws, OrganisationBuilder, quota_of, set_switches
 from tests.simulation.scene import FILES, Run, Stage, the_module
-from tests.simulation.world import (
-    InvariantBroken,
-    NetworkFaults,
-    Nth,
-    SimulatedProcess,
-    short,
-)
+from tests.simulation.world import InvariantBroken, NetworkFaults, Nth, SimulatedProcess, short
 
 # What makes requests wait:
 DISTURBING = (
@@ -69,8 +66,8 @@ class Verdict(NamedTuple):
     seed: int
     invariant: str  # that was broken
     what: str
-    events: List[str]
-    counts: "Counter[str]"
+    events: list[str]
+    counts: Counter[str]
     seconds: float  # simulated
 
 
@@ -96,13 +93,12 @@ class Scenario(Stage):
         self.checker.reasons.trouble = set_switches(self.world, draws)
         self.others = ConcurrentEdits(self)
         self.latency = draws.somewhen(0.01, 0.4)
-        self.exports: List[List[Row]] = []
+        self.exports: list[list[Row]] = []
         self.has_kept = False  # files of the savepoint as they were once
         # Of its own, so that kept seeds stay the scenarios that they were.
         self.rare = random.Random(seed + 2)
-        self.may_not_merge, self.has_foreign_exports = (
-            self.rare.random() < 0.06 and not draws.calm for _ in range(2)
-        )
+        self.may_not_merge = self.rare.random() < 0.06 and not draws.calm
+        self.has_foreign_exports = self.rare.random() < 0.06 and not draws.calm
         self._describe()
 
     def _describe(self) -> None:
@@ -119,7 +115,7 @@ class Scenario(Stage):
 
     # ----- what happens meanwhile ----------------------------------------------------------------
 
-    def of_interest(self) -> List[str]:
+    def of_interest(self) -> list[str]:
         return [one for pair in self.checker.plan for one in pair]
 
     def visit(self, ids: Ids) -> str:
@@ -161,7 +157,7 @@ class Scenario(Stage):
             return NetworkFaults(there, back, kind)
         return NetworkFaults(there, back)
 
-    def faults(self) -> List[Fault]:
+    def faults(self) -> list[Fault]:
         """Draw what goes wrong on DevRev's side during a run."""
         found = []
         for kind, chance in ANSWERS.items():
@@ -195,7 +191,7 @@ class Scenario(Stage):
         self.checker.lies |= any(fault.kind in ("endless", "half-emoji") for fault in found)
         return found
 
-    def _forget_update(self, content: Dict[str, Any]) -> Dict[str, Any]:
+    def _forget_update(self, content: dict[str, Any]) -> dict[str, Any]:
         """Answer an update with 200 and the reference as it was, because it was not made."""
         user = content.get("rev_user")
         times = self.organisation.reference_times[user["id"]] if isinstance(user, dict) else []
@@ -207,7 +203,7 @@ class Scenario(Stage):
             content["rev_user"] = {**user, "external_ref": old}
         return content
 
-    def _garble(self, content: Dict[str, Any]) -> Dict[str, Any]:
+    def _garble(self, content: dict[str, Any]) -> dict[str, Any]:
         identity = (content.get("rev_user") or {}).get("id")
         bad = ({}, {"rev_user": None}, {"rev_user": {"id": identity}}, {"rev_user": {}})
         return dict(self.chance.choice(bad))
@@ -282,14 +278,14 @@ class Scenario(Stage):
 
     # ----- exports and options -------------------------------------------------------------------
 
-    def export_rows(self) -> List[Row]:
+    def export_rows(self) -> list[Row]:
         """Make a new export, as the warehouse has it."""
         rows = super().export_rows()
         if self.draws.has("wrong counts", 0.1) and not self.in_peace:
             for place, row in enumerate(rows):
                 if self.chance.random() < 0.2:
-                    tickets = max(0, row.tickets + self.chance.choice((-1, 1)))
-                    rows[place] = row._replace(tickets=tickets)
+                    tickets = row.tickets + self.chance.choice((-1, 1))
+                    rows[place] = row._replace(tickets=max(0, tickets))
         if self.draws.has("a warehouse in lower case", 0.1):
             rows = [row._replace(email=row.email.lower()) for row in rows]
         if self.draws.has("dates of other forms", 0.2):
@@ -300,14 +296,16 @@ class Scenario(Stage):
 
     def _written(self, created: str) -> str:
         """Write a date in one of the forms that a warehouse has, for the same instant."""
-        form, moment = self.chance.choice(("Z", "space", "zone")), instant(created)
+        form, zone = self.chance.choice(("Z", "space", "zone")), ""
         if form == "Z":
             return created
-        shift = 0 if form == "space" else self.chance.choice((2, -5))
-        text = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(moment + 3600 * shift))
-        return text if form == "space" else f"{text} {'+' if shift > 0 else '-'}{abs(shift):02d}:00"
+        moment = instant(created)
+        if form == "zone":
+            hours, zone = self.chance.choice(((2, " +02:00"), (-5, " -05:00")))
+            moment += 3600 * hours
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(moment)) + zone
 
-    def _options(self) -> List[str]:
+    def _options(self) -> list[str]:
         """Draw the command line of a run, and write the files that it names."""
         chance, draws = self.chance, self.draws
         if not self.exports or chance.random() < 0.4:
@@ -321,23 +319,24 @@ class Scenario(Stage):
         options += ["--merge-timeout", f"{draws.somewhen(2.0, 300.0):.1f}"]
         if draws.has("--limit", 0.2) and chance.random() < 0.6:
             options += ["--limit", str(chance.randint(1, 4))]
-        names: List[str] = []
+        names: list[str] = []
         if draws.has("--email", 0.15) and chance.random() < 0.5:
             names = [row.email for row in chance.sample(rows, min(3, len(rows)))]
-        stopped = {row["email"] for row in self.rows.values() if row["state"] in STOPPING}
+        stopped = {self.rows[ids]["email"] for ids in pairs_in(self.rows, STOPPING)}
         there = sorted(stopped & {row.key for row in rows})
         if there and draws.has("a stopped pair is named", 0.5) and chance.random() < 0.5:
             names.append(chance.choice(there))
-        options += [word for name in names for word in ("--email", name)]
+        for name in names:
+            options += ["--email", name]
         if draws.has("--count-policy", 0.2):
             options += ["--count-policy", "at-least"]
         if draws.has("--no-timelines", 0.7 if draws.has("huge") else 0.1):
-            options += ["--no-timelines"]
+            options.append("--no-timelines")
         if draws.has("--choices", 0.15) and self._write_choices(rows):
             options += ["--choices", "choices.csv"]
         return options + self.manner()
 
-    def manner(self) -> List[str]:
+    def manner(self) -> list[str]:
         """Return the options that stay the same for the whole scenario."""
         options = ["--primary", "user"] if self.draws.has("--primary user", 0.15) else []
         kinds = {"--carry-fields": 0.2, "--across-workspaces": 0.1, "--try-unverified": 0.1}
@@ -390,26 +389,26 @@ class Scenario(Stage):
 
     def _undo(self) -> None:
         """Undo merges: those of a backup or of a report, an old one as well."""
-        found = sorted(Path("backups").glob("*/*/")) if Path("backups").exists() else []
-        found = [str(one) for one in (*found, *sorted(Path("reports").glob("merge_report_*.json")))]
+        found = sorted(Path("backups").glob("*/*/"))
+        found += sorted(Path("reports").glob("merge_report_*.json"))
         if not found:
             return
         again = self.undos and self.chance.random() < 0.5
-        path = self.chance.choice(self.undos if again else found)
+        path = self.chance.choice(self.undos if again else list(map(str, found)))
         options = ["--undo", path, "--quiet", "--workers", str(self.chance.choice((1, 2, 8)))]
         options += ["--merge-timeout", f"{self.draws.somewhen(2.0, 300.0):.1f}"]
         if self.chance.random() < 0.1:
-            options += ["--preview"]
+            options.append("--preview")
         else:
-            options += ["--yes"]
-            self.undos += [path] if path not in self.undos else []
+            options.append("--yes")
+            self.note_undo(path)
         self._disturb()
         if self.draws.has("primaries go while an undo is open", 0.2):
             self.meanwhile(0.1, 60.0, self._take_primary)
         self.play_run(options)
         self._between()
 
-    def _alive(self) -> List[str]:
+    def _alive(self) -> list[str]:
         return [one for one in self.organisation.contacts if self.organisation.alive(one)]
 
     def _take_primary(self) -> None:
@@ -470,7 +469,7 @@ class Scenario(Stage):
         if draws.has("kills", 0.6) and chance.random() < 0.7:
             kind = chance.random()
             if kind < 0.4:
-                process.kill_at = int(draws.somewhen(1, 1500))
+                process.kill_when.append(Nth("", int(draws.somewhen(1, 1500))))
             elif kind < 0.8:
                 process.kill_after_merge = (int(draws.somewhen(1, 10)), int(draws.somewhen(1, 60)))
             else:  # when it is not in the copy yet
@@ -495,7 +494,7 @@ class Scenario(Stage):
         windows = [settings.calls] * bool(settings.calls)
         if self.world.quota:
             windows.append(self.world.quota.limit - 3 * self.world.quota.others)
-        kinds = DISTURBING if not self.in_peace else DISTURBING_FOR_GOOD
+        kinds = DISTURBING_FOR_GOOD if self.in_peace else DISTURBING
         disturbed = any(kind.startswith(kinds) for kind in self.draws.drawn())
         enough = 60 if self.world.merge_delay < 3 else 1000  # for polls
         return not (disturbed or self.world.faults) and min(windows, default=1000) >= enough
@@ -554,10 +553,10 @@ class Scenario(Stage):
 
     def _put_back_reports(self) -> None:
         """The whole folder is put back: newer reports are not there either."""
-        known = self.checker.known_runs()
-        for path in sorted(Path("reports").glob("*_report_*.json")):
-            if path.stem.partition("_report_")[2] not in known:
-                self.lose(path.name)
+        known = expected.runs_of(*expected.read_files())
+        for name in self.checker.reports.on_disk():
+            if expected.run_of(name) not in known:
+                self.lose(name)
 
 
 def play(seed: int, module: Any, trace: bool = False) -> Verdict:

@@ -1,8 +1,10 @@
 """People and programs that change things in DevRev while a run is in progress."""
 
+from __future__ import annotations
+
 import itertools
 import random
-from typing import Any, List, Optional
+from typing import Any
 
 from tests.fake.organisation import Record, Thing, org_id_of
 from tests.simulation.world import short
@@ -40,17 +42,17 @@ class ConcurrentEdits:
             self.scenario.counts["edits"] += 1
             self.scenario.trace(f"OTHERS {done}")
 
-    def _alive(self, contacts: Any) -> List[str]:
+    def _alive(self, contacts: Any) -> list[str]:
         return [one for one in contacts if self.organisation.alive(one)]
 
-    def _contact(self) -> Optional[Record]:
+    def _contact(self) -> Record | None:
         """Return a contact that exists; mostly one that the run is about to merge."""
         there = self._alive(self.scenario.of_interest())
         if not there or self.chance.random() < 0.2:
             there = self._alive(self.organisation.contacts)
         return self.organisation.contacts[self.chance.choice(there)] if there else None
 
-    def _work(self) -> Optional[str]:
+    def _work(self) -> str | None:
         one = self._contact()
         found = self.organisation.works.find([("anyone", [one["id"]])]) if one else []
         return str(self.chance.choice(found)["id"]) if found else None
@@ -107,8 +109,8 @@ class ConcurrentEdits:
         return f"make {short(made)} with the email and rev org of {short(one['id'])}"
 
     def visit(self) -> str:
-        wanted = [one for one in self.scenario.checker.plan.values() if one.new_ref]
-        return self.scenario.visit(self.chance.choice(wanted).ids) if wanted else ""
+        wanted = [ids for ids, one in self.scenario.checker.plan.items() if one.new_ref]
+        return self.scenario.visit(self.chance.choice(wanted)) if wanted else ""
 
     def ticket(self, one: Thing) -> str:
         work = self.organisation.add_work(owned_by=[one["id"]])

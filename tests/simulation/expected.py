@@ -1,6 +1,8 @@
 """A second opinion, without the module: what an export gives, what the savepoint's two files know
 together, what was true lately, and what is in a backup."""
 
+from __future__ import annotations
+
 import contextlib
 import datetime
 import json
@@ -10,25 +12,15 @@ import sqlite3
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import (
-    Any,
-    DefaultDict,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)
+from typing import Any, Dict, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 
-from tests.fake.organisation import Organisation, Table, Thing
-from tests.simulation.world import ROW, short, stored_row
+from tests.fake.organisation import Organisation, Table, Thing, kind_of
+from tests.simulation.world import ROW, stored_row
 
+NEVER = -1e9
 Ids = Tuple[str, str]  # primary, duplicate
+Document = Dict[str, Any]
+Rows = Dict[Ids, Document]  # of the savepoint
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
 ALL_ROLES = (*ROLES.values(), "members")
 MAIN, COPY = Path("savepoint.db"), Path("backups") / "savepoint-copy.db"
@@ -36,16 +28,8 @@ UNFINISHED = ("requested", "acknowledged", "merged", "proving")
 ENDED = ("done", "merged_elsewhere", "settled")
 UNDONE = ("undone", "undo_settled")
 TERMINAL = (*ENDED, "cancelled", *UNDONE)
-AUTHORITY = (
-    "planned",
-    "failed",
-    *UNFINISHED,
-    *ENDED,
-    "undoing",
-    "cancelled",
-    "undo_settled",
-    "undone",
-)
+# Which of two files wins: the later of these states.
+AUTHORITY = ("planned", "failed", *UNFINISHED, *ENDED, "undoing", "cancelled", *UNDONE[::-1])
 STOPPING = ("cancelled", *UNDONE)  # a pair in such a state is merged again only where it is named
 ROLE_ADDRESSES = """
     info support help helpdesk service sales contact hello office team admin administrator billing
@@ -57,10 +41,6 @@ PLACEHOLDERS = """
     noreply no-reply no_reply donotreply do-not-reply none null nobody unknown anonymous test na n-a
     noemail no-email invalid
 """
-
-
-def name_of(ids: Ids) -> str:
-    return f"{short(ids[0])} <- {short(ids[1])}"
 
 
 class Row(NamedTuple):
@@ -86,11 +66,10 @@ class Wanted(NamedTuple):
 
     primary: Row
     duplicate: Row
-    new_ref: Optional[str]
+    new_ref: str | None
 
-    @property
-    def ids(self) -> Ids:
-        return self.primary.id, self.duplicate.id
+
+Plan = Dict[Ids, Wanted]
 
 
 def email_key(text: str) -> str:
@@ -105,7 +84,9 @@ def takes_part(reference: Any) -> bool:
 def most_contacts(email: str) -> int:
     """Return how many contacts of one address are believed to be one person."""
     local = email_key(email).partition("@")[0].partition("+")[0].lower()
-    return 1 if local in PLACEHOLDERS.split() else 2 if local in ROLE_ADDRESSES.split() else 3
+    if local in PLACEHOLDERS.split():
+        return 1
+    return 2 if local in ROLE_ADDRESSES.split() else 3
 
 
 def instant(created: str) -> float:
@@ -115,20 +96,18 @@ def instant(created: str) -> float:
     return datetime.datetime.strptime(f"{time} {zone}", "%Y-%m-%d %H:%M:%S %z").timestamp()
 
 
-def groups_of(rows: Iterable[Row]) -> Dict[str, List[Row]]:
+def groups_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Return the contacts of each address that take part."""
-    groups: DefaultDict[str, List[Row]] = defaultdict(list)
+    groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.takes_part:
             groups[row.key].append(row)
     return groups
 
 
-def plan_of(
-    rows: Iterable[Row], choices: Mapping[str, str], primary_kind: str = "revu"
-) -> Dict[Ids, Wanted]:
+def plan_of(rows: Iterable[Row], choices: Mapping[str, str], primary_kind: str) -> Plan:
     """Return the merges that an export asks for."""
-    found: Dict[Ids, Wanted] = {}
+    found: Plan = {}
     for email, group in groups_of(rows).items():
         ranked = sorted(group, key=lambda row: (-row.tickets, instant(row.created), row.id))
         users = [row for row in ranked if row.ref.startswith("user_")]
@@ -141,42 +120,36 @@ def plan_of(
         primary = system[0] if kept in users and system and primary_kind == "revu" else kept
         for row in (*users, *system):
             if row is not primary:
-                wanted = Wanted(primary, row, row.ref if row is kept else None)
-                found[wanted.ids] = wanted
+                found[primary.id, row.id] = Wanted(primary, row, row.ref if row is kept else None)
     return found
 
 
-def export_of(organisation: Organisation) -> List[Row]:
+def export_of(organisation: Organisation) -> list[Row]:
     """Return what the query of the warehouse would give now."""
-    there = [one for one in organisation.contacts.values() if organisation.alive(one["id"])]
-    return [
-        Row(
-            one["id"],
-            one["email"],
-            one["external_ref"],
-            greatest(organisation, one["id"]),
-            one["created_date"],
-        )
-        for one in there
-        if one.get("email") and one.get("external_ref")
-    ]
+    found = []
+    for identity, one in organisation.contacts.items():
+        if organisation.alive(identity) and one.get("email") and one.get("external_ref"):
+            tickets = greatest(organisation, identity)
+            row = Row(identity, one["email"], one["external_ref"], tickets, one["created_date"])
+            found.append(row)
+    return found
 
 
 def greatest(organisation: Organisation, contact: str) -> int:
     """Return a contact's TICKET_COUNT: tickets and issues, in the role in which it has most."""
-    kinds = [("type", ("ticket", "issue"))]
-    return max(len(organisation.works.find([*kinds, (role, [contact])])) for role in ROLES.values())
+    kinds = ("type", ("ticket", "issue"))
+    return max(len(organisation.works.find([kinds, (role, [contact])])) for role in ROLES.values())
 
 
 class StoredFile(NamedTuple):
     """What one of the savepoint's files holds."""
 
-    rows: Dict[Ids, Dict[str, Any]]
-    runs: Dict[str, Dict[str, Any]]
+    rows: Rows
+    runs: dict[str, Document]
     last_write: int
 
 
-def read_file(path: Path) -> Optional[StoredFile]:
+def read_file(path: Path) -> StoredFile | None:
     """Read a file of the savepoint as whoever opens it next finds it; None where it has no tables.
 
     It is read in a copy, because SQLite rolls back what a killed run has left in the file.
@@ -198,30 +171,47 @@ def read_file(path: Path) -> Optional[StoredFile]:
     return StoredFile(rows, documents, max(revisions, default=0))
 
 
-def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, Dict[str, Any]]:
+def read_files() -> tuple[StoredFile | None, StoredFile | None]:
+    return read_file(MAIN), read_file(COPY)
+
+
+def runs_of(*files: StoredFile | None) -> set[str]:
+    """Return the ids of all runs of which files know."""
+    there = [file for file in files if file]
+    rows = {row["run"] for file in there for row in file.rows.values()}
+    return rows.union(*(file.runs for file in there))
+
+
+def pairs_in(rows: Rows, states: Iterable[str]) -> set[Ids]:
+    return {ids for ids, row in rows.items() if row["state"] in states}
+
+
+def joined(*files: StoredFile | None) -> Rows:
     """Return the rows that both files know together: of each pair, the one that was written last.
 
     One that knows of a request does not lose to one that doesn't.
     """
-    found: Dict[Ids, Dict[str, Any]] = {}
-    for file in (main, copy):
-        for ids, row in file.rows.items() if file else ():
-            if ids not in found:
-                found[ids] = row
-                continue
-            loser, winner = sorted((found[ids], row), key=authority)
-            is_idle = winner["state"] in ("planned", "failed") and not winner["requested_at"]
-            if is_idle and loser["requested_at"]:
-                winner = {**loser, "revision": winner["revision"]}
-            found[ids] = winner
+    known = [file.rows for file in files if file]
+    found: Rows = {}
+    for ids in [ids for rows in known for ids in rows]:
+        *losers, winner = sorted((rows[ids] for rows in known if ids in rows), key=authority)
+        is_idle = winner["state"] in ("planned", "failed") and not winner["requested_at"]
+        if is_idle and losers and losers[0]["requested_at"]:
+            winner = {**losers[0], "revision": winner["revision"]}
+        found[ids] = winner
     return found
 
 
-def authority(row: Mapping[str, Any]) -> Tuple[int, int, float]:
+def authority(row: Document) -> tuple[int, int, float]:
     return row["revision"], AUTHORITY.index(row["state"]), row["requested_at"]
 
 
-def changes(table: Table, since: float) -> Iterator[Tuple[str, Optional[Thing]]]:
+def run_of(report: str) -> str:
+    """Return the id of a run, from the name of its report."""
+    return report.partition(".")[0].partition("_report_")[2]
+
+
+def changes(table: Table, since: float) -> Iterator[tuple[str, Thing | None]]:
     """Yield what objects were before each change since a moment, the latest first."""
     for changed, object_id, was in reversed(table._log):
         if changed < since:
@@ -229,24 +219,38 @@ def changes(table: Table, since: float) -> Iterator[Tuple[str, Optional[Thing]]]
         yield object_id, was
 
 
-def versions(table: Table, object_id: str, since: float) -> List[Optional[Thing]]:
-    """Return what an object was at any time since a moment, the latest first."""
-    before = [was for changed, was in changes(table, since) if changed == object_id]
-    return [table.get(object_id), *before]
+def table_of(organisation: Organisation, identity: str) -> Table:
+    """Return the table in which an object is, or was."""
+    kind = kind_of(identity)
+    if kind == "revu":
+        return organisation.contacts
+    return organisation.conversations if kind == "conversation" else organisation.works
 
 
-def people_of(thing: Optional[Thing], roles: Sequence[str] = ALL_ROLES) -> Iterator[Thing]:
+def now_of(organisation: Organisation, identity: str) -> Thing | None:
+    """Return an object as it is now; None where there is none any more."""
+    return table_of(organisation, identity).get(identity)
+
+
+def versions(organisation: Organisation, identity: str, since: float) -> list[Thing | None]:
+    """Return what an object was at any time since a moment, the latest first: what it is now, and
+    what it was before each change."""
+    table = table_of(organisation, identity)
+    return [table.get(identity), *(was for one, was in changes(table, since) if one == identity)]
+
+
+def people_of(thing: Thing | None, roles: Sequence[str] = ALL_ROLES) -> Iterator[Thing]:
     """Yield everybody who has one of these roles in a work or a conversation."""
     for role in roles:
         people = (thing or {}).get(role) or ()
         yield from [people] if isinstance(people, dict) else people
 
 
-def held(thing: Optional[Thing], role: str, person: str) -> bool:
+def held(thing: Thing | None, role: str, person: str) -> bool:
     return any(one["id"] == person for one in people_of(thing, [role]))
 
 
-def holdings(table: Table, role: str, person: str, since: float) -> Tuple[Set[str], Set[str]]:
+def holdings(table: Table, role: str, person: str, since: float) -> tuple[set[str], set[str]]:
     """Return the ids of what a person has held in a role all the time since a moment, and ever."""
     ever = {thing["id"] for thing in table.find([(role, [person])])}
     always = set(ever)
@@ -258,25 +262,25 @@ def holdings(table: Table, role: str, person: str, since: float) -> Tuple[Set[st
     return always, ever
 
 
-def table_of(organisation: Organisation, object_id: str) -> Table:
-    is_talk = ":conversation/" in object_id
-    return organisation.conversations if is_talk else organisation.works
-
-
-def holders(organisation: Organisation, *references: str) -> List[str]:
-    """Return the contacts that exist and have one of these references."""
-    found = organisation.contacts.find([("external_ref", references)])
+def holders(organisation: Organisation, reference: str) -> list[str]:
+    """Return the contacts that exist and have a reference."""
+    found = organisation.contacts.find([("external_ref", [reference])])
     return [one["id"] for one in found if organisation.alive(one["id"])]
 
 
-def entries_of(backup: Optional[str]) -> Dict[str, Any]:
+def kept_numbers(been: Sequence[Thing | None]) -> set[str]:
+    """Return the phone numbers that a contact has had all the time."""
+    return set.intersection(*(set((one or {}).get("phone_numbers", ())) for one in been))
+
+
+def entries_of(backup: str | None) -> Document:
     """Return the entries of a backup's manifest, by contact; nothing where it is not there."""
     path = Path(backup or "nowhere") / "manifest.json"
     manifest = json.loads(path.read_bytes()) if path.exists() else {}
     return {one["csv"]["id"]: one for one in manifest.get("contacts", ())}
 
 
-def in_backup(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
+def in_backup(entry: Document) -> list[tuple[str, str]]:
     """Return what a merge has to transfer of a contact in a manifest: object id and role."""
     items = [(work, ROLES[role]) for role in ("owned", "reported") for work in entry["works"][role]]
     return items + [(talk, "members") for talk in entry["conversations"]]

@@ -5,6 +5,8 @@ second opinion (tests.simulation.expected). The invariants of undos and of repor
 that a pair may have in the end, are in files of their own.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -12,62 +14,33 @@ import shutil
 import sqlite3
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Callable, DefaultDict, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Mapping, Sequence
 
 from tests.fake.organisation import Thing, org_id_of, own_reference
 from tests.fake.world import World
-from tests.simulation.expected import (
-    ALL_ROLES,
-    COPY,
-    ENDED,
-    MAIN,
-    ROLES,
-    ROW,
-    STOPPING,
-    TERMINAL,
-    UNFINISHED,
-    Ids,
-    Row,
-    StoredFile,
-    Wanted,
-    email_key,
-    entries_of,
-    groups_of,
-    held,
-    holdings,
-    in_backup,
-    joined,
-    most_contacts,
-    name_of,
-    plan_of,
-    read_file,
-    table_of,
-    takes_part,
-    versions,
-)
-from tests.simulation.reasons import ReasonChecker
-from tests.simulation.report_invariants import ReportChecker
-from tests.simulation.undo_invariants import WRITES, UndoChecker
-from tests.simulation.world import Clock, Sent, SimulatedProcess, broken, short, stored_row
+from tests.simulation import expected
+from tests.simulation.expected import COPY, ENDED, MAIN, UNFINISHED, Document, Ids, Rows, pairs_in
+from tests.simulation.reasons import LISTED, ReasonChecker
+from tests.simulation.report_invariants import TRUE, ReportChecker
+from tests.simulation.undo_invariants import LOST, WRITES, UndoChecker
+from tests.simulation.world import Clock, Sent, SimulatedProcess, broken, name_of, short, stored_row
 
-FRESH, LISTED = 60.0, 120.0
+FRESH = 60.0  # seconds for which a check may be relied on
+GRACE = 10.0  # seconds in which an interrupted run may finish what is under way
+AT_ONCE = 1.0  # seconds from an answer until what rests on it leaves
 JITTER = 0.01  # seconds by which a comparison of two clocks may be off
-NEVER = -1e9
 FRESHNESS = "no contact is merged whose check is not fresh"
 BACKED_UP = "nothing is requested without a complete backup, its lists at most two minutes old"
-TRUE = "savepoint and reports say what is true"
-KNOWN = "what the two files say together is what the next run knows"
-GRACE = 10.0  # seconds in which an interrupted run may finish what is under way
-REMEMBERED = "a request is never forgotten"
-LOST = "nobody's edit is lost but within one round trip"
-AT_ONCE = 1.0  # seconds from an answer until what rests on it leaves
 
 
 class Ask:
     """One merge request."""
 
     def __init__(self, run: int, sent: Sent, wall: float, backup: str) -> None:
-        self.run, self.at, self.ended, self.wall, self.backup = run, sent.at, sent.at, wall, backup
+        self.run = run
+        self.at = self.ended = sent.at
+        self.wall = wall
+        self.backup = backup
         self.answer = "lost"  # "acknowledged", "refused"
         self.polled = -1  # the run that has seen the duplicate exist since
         self.busy = False  # DevRev may have been busy with others
@@ -85,27 +58,27 @@ class InvariantChecker:
         self.fake_devrev, self.clock = fake_devrev, clock
         self.organisation = fake_devrev.organisation
         self.run = 0
-        self.plan: Dict[Ids, Wanted] = {}
-        self.known: DefaultDict[Ids, List[Wanted]] = defaultdict(list)
-        self.asks: DefaultDict[Ids, List[Ask]] = defaultdict(list)
-        self.ever_intended: Set[Ids] = set()
-        self.committed: Dict[str, Dict[Ids, Dict[str, Any]]] = {MAIN.name: {}, COPY.name: {}}
-        self.latest: Dict[Ids, Dict[str, Any]] = {}  # the last row of each pair that was written
-        self.backups: DefaultDict[Ids, List[str]] = defaultdict(list)  # of each request
-        self.cancelled: Set[Ids] = set()  # pairs that were cancelled at any time
-        self.moving: Set[Ids] = set()  # pairs whose reference was sent at least once
-        self.forbidden: Set[Ids] = set()  # pairs of which a merge request was answered with 403
-        self.judged: Set[Ids] = set()  # pairs whose end was held against the truth
+        self.plan: expected.Plan = {}
+        self.known: defaultdict[Ids, list[expected.Wanted]] = defaultdict(list)
+        self.asks: defaultdict[Ids, list[Ask]] = defaultdict(list)
+        self.ever_intended: set[Ids] = set()
+        self.committed: dict[str, Rows] = {MAIN.name: {}, COPY.name: {}}
+        self.latest: Rows = {}  # the last row of each pair that was written
+        self.backups: defaultdict[Ids, list[str]] = defaultdict(list)  # of each request
+        self.cancelled: set[Ids] = set()  # pairs that were cancelled at any time
+        self.moving: set[Ids] = set()  # pairs whose reference was sent at least once
+        self.forbidden: set[Ids] = set()  # pairs of which a merge request was answered with 403
+        self.judged: set[Ids] = set()  # pairs whose end was held against the truth
         self.lies = False  # whether answers were false: what was believed then may be wrong
         self.backups_lost = False
         # Seconds there or back, where nothing disturbs a run:
-        self.slowest: Callable[[], Optional[float]] = lambda: None
+        self.slowest: Callable[[], float | None] = lambda: None
         self.lag = 0.0  # the longest that lists have lagged
         self.others_spent = 0
-        self.shown: Dict[str, float] = {}  # when the last request left that has shown a contact
-        self.read: Dict[str, Tuple[float, float]] = {}  # the last read: when sent, when heard of
-        self.listed: Dict[Tuple[str, str], float] = {}  # the same of what a person has in a role
-        self.first_pages: Dict[str, float] = {}  # when the first page of a list was requested
+        self.shown: dict[str, float] = {}  # when the last request left that has shown a contact
+        self.read: dict[str, tuple[float, float]] = {}  # the last read: when sent, when heard of
+        self.listed: dict[tuple[str, str], float] = {}  # the same of what a person has in a role
+        self.first_pages: dict[str, float] = {}  # when the first page of a list was requested
         self.undo = UndoChecker(self)
         self.reports = ReportChecker(self)
         self.reasons = ReasonChecker(self)
@@ -117,36 +90,35 @@ class InvariantChecker:
         process: SimulatedProcess,
         options: Any,
         run_id: Callable[[], str],
-        rows: Sequence[Row],
+        rows: Sequence[expected.Row],
         choices: Mapping[str, str],
     ) -> None:
         self.process, self.options, self.run_id, self.run = process, options, run_id, self.run + 1
         self.stopped = self.full_now = False  # told to stop; the disk was full
         self.interrupted = math.inf  # by Ctrl-C, at this time
         self.began = self.clock.now, self.clock.wall
-        self.sent_at: List[float] = []  # steady seconds, of the last requests
-        self.polled: Set[str] = set()  # contacts that this run has read
-        self.written: Set[str] = set()  # the files that this run has written
+        self.sent_at: list[float] = []  # steady seconds, of the last requests
+        self.polled: set[str] = set()  # contacts that this run has read
+        self.written: set[str] = set()  # the files that this run has written
         self.has_asked = False
-        self.first_merge: Optional[Ids] = None  # of this run, of these not forbidden
+        self.first_merge: Ids | None = None  # of this run, of these not forbidden
         self.is_forbidden = False  # its answer was a 403
         self.takes_updates = False  # one was carried out, or refused for a reason of its own
-        self.begun: Set[Ids] = set()  # in this run, never requested before
+        self.begun: set[Ids] = set()  # in this run, never requested before
         mine = organisation_of(self.organisation.dev_user["id"])
         self.is_foreign = any(organisation_of(row.id) != mine for row in rows)  # the CSV
-        main, copy = self._read_files()
-        self.expected = joined(main, copy)
-        self.latest = dict(self.expected)
-        self.runs_before = self._runs_of(main, copy)
-        states = {ids: row["state"] for ids, row in self.expected.items()}
+        files = self._read_files()
+        self.before = expected.joined(*files)
+        self.latest = dict(self.before)
+        self.runs_before = expected.runs_of(*files)
         # Unfinished; the run before may have been killed before a request left.
-        self.intended = {ids for ids, state in states.items() if state in UNFINISHED}
-        self.tried = {ids for ids, state in states.items() if state == "failed"}
+        self.intended = pairs_in(self.before, UNFINISHED)
+        self.tried = pairs_in(self.before, ["failed"])
         self.undo.begin(options)
-        named = {email_key(email) for email in options.email or ()}
+        named = {expected.email_key(email) for email in options.email or ()}
         self.rows, self.choices = list(rows), choices
         # The plan, with what was undone or cancelled:
-        self.asked_for = plan_of(rows, choices, options.primary or "revu")
+        self.asked_for = expected.plan_of(rows, choices, options.primary or "revu")
         self.plan = self._without_stopped(self.asked_for, named)
         self.allowed = {
             ids for ids, wanted in self.plan.items() if not named or wanted.primary.key in named
@@ -155,37 +127,39 @@ class InvariantChecker:
             if wanted not in self.known[ids]:
                 self.known[ids].append(wanted)
 
-    def _read_files(self) -> Tuple[Optional[StoredFile], Optional[StoredFile]]:
+    def _read_files(self) -> Any:
         """Read both files. They hold what was committed to them, however a run has ended."""
-        files = read_file(MAIN), read_file(COPY)
+        files = expected.read_files()
         for path, file in zip((MAIN, COPY), files):
-            committed = self.committed[path.name]
             found = documents(file.rows) if file else {}
-            if found != documents(committed):
+            if found != documents(self.committed[path.name]):
                 broken("what was committed is on the disk", f"{path} holds something else")
         return files
 
-    def _without_stopped(self, plan: Dict[Ids, Wanted], named: Set[str]) -> Dict[Ids, Wanted]:
+    def _without_stopped(self, plan: expected.Plan, named: set[str]) -> expected.Plan:
         """Leave out the groups of which a pair was undone or cancelled, until they are named."""
         if self.is_foreign:  # what the savepoint knows is of another organisation
             return dict(plan)
-        groups = groups_of(self.rows)
-        stopped = [(ids, row) for ids, row in self.expected.items() if row["state"] in STOPPING]
-        known = {ids for ids, row in self.expected.items() if row["state"] in (*UNFINISHED, *ENDED)}
+        groups = expected.groups_of(self.rows)
+        stopped = pairs_in(self.before, expected.STOPPING)
+        known = pairs_in(self.before, (*UNFINISHED, *ENDED))
         # The export is older than the undo:
-        stale = {ids for ids, row in stopped if row["state"] != "cancelled"}
+        stale = pairs_in(self.before, expected.UNDONE)
         left_out = {one.primary.key for ids, one in plan.items() if ids in stale}
         for email in {one.primary.key for ids, one in plan.items() if ids not in known} - named:
             members = {row.id for row in groups[email]}
-            for ids, row in stopped:
-                two = {self.undo.stand_in(one) for one in ids} | set(ids)
-                if email_key(row["email"]) == email or len(two & members) >= 2:
+            for ids in stopped:
+                two = {*map(self.undo.stand_in, ids), *ids}
+                if (
+                    expected.email_key(self.before[ids]["email"]) == email
+                    or len(two & members) >= 2
+                ):
                     left_out.add(email)
         return {ids: one for ids, one in plan.items() if one.primary.key not in left_out}
 
     # ----- the savepoint --------------------------------------------------------------------------
 
-    def wrote(self, name: str, rows: Sequence[Dict[str, Any]]) -> None:
+    def wrote(self, name: str, rows: Sequence[Document]) -> None:
         """A file of the savepoint was written."""
         self.written.add(name)
         for row in rows:
@@ -200,13 +174,13 @@ class InvariantChecker:
             if row["state"] == "done" and before in UNFINISHED and not self.lies:
                 self._judge_last_read(ids, row["new_ref"])
 
-    def _judge_last_read(self, ids: Ids, reference: Optional[str]) -> None:
+    def _judge_last_read(self, ids: Ids, reference: str | None) -> None:
         """A pair is done only where the last answer about its primary has shown it as it should."""
         shown, asks = self.shown.get(ids[0]), self.asks[ids]
         if shown is None or (asks and shown < asks[-1].at):
             broken(TRUE, f"{name_of(ids)} is done, and no answer has shown the primary since")
         since = (shown or 0.0) - self.lag - self.fake_devrev.reference_lag - JITTER
-        been = versions(self.organisation.contacts, ids[0], since)
+        been = expected.versions(self.organisation, ids[0], since)
         if reference and not any(one and one.get("external_ref") == reference for one in been):
             broken(TRUE, f"{name_of(ids)} is done, and the primary does not have {reference}")
 
@@ -217,9 +191,9 @@ class InvariantChecker:
         sent, heard = self.read.get(identity, (now, now))
         return sent - JITTER if now - heard <= AT_ONCE else now
 
-    def lately(self, contact: str) -> List[Optional[Thing]]:
+    def lately(self, contact: str) -> list[Thing | None]:
         """Return what a contact was since the read on which a write of it rests."""
-        return versions(self.organisation.contacts, contact, self.rests_since(contact))
+        return expected.versions(self.organisation, contact, self.rests_since(contact))
 
     def _judge_join(self) -> None:
         """Before its first request a run knows what both files said, and both know the same."""
@@ -228,30 +202,31 @@ class InvariantChecker:
             return  # it only reads
         newest = max(self.runs_before, default="")
         # What no file knows at all can be undone from its report.
-        for name in self.reports.on_disk() if self.runs_before or not self.undo.active else ():
-            run = name.rpartition(".")[0].partition("_report_")[2]
-            if run not in self.runs_before and run > newest:
-                broken("a savepoint that was put back from an older backup is refused", name)
-        for ids, before in self.expected.items():
+        if self.runs_before or not self.undo.active:
+            for name in self.reports.on_disk():
+                if expected.run_of(name) > newest:
+                    broken("a savepoint that was put back from an older backup is refused", name)
+        for ids, before in self.before.items():
             for name, rows in self.committed.items():
-                state = rows[ids]["state"] if ids in rows else "nothing"
-                is_new = ids in rows and rows[ids]["run"] == self.run_id()
-                if state != before["state"] and not is_new:
-                    broken(KNOWN, f"{name}: {name_of(ids)} is {state}, and was {before['state']}")
+                row = rows.get(ids, {"state": "nothing", "run": ""})
+                if row["state"] != before["state"] and row["run"] != self.run_id():
+                    invariant = "what the two files say together is what the next run knows"
+                    what = f"{name}: {name_of(ids)} is {row['state']}, and was {before['state']}"
+                    broken(invariant, what)
 
-    def judge_files(self, killed: bool) -> Dict[Ids, Dict[str, Any]]:
+    def _judge_files(self, killed: bool) -> Rows:
         """Judge what a run has left in the two files; return what they know together."""
         main, copy = self._read_files()
-        rows = joined(main, copy)
+        rows = expected.joined(main, copy)
         self.latest = dict(rows)
         if main and copy and not self.full_now and self.has_asked and len(self.written) == 2:
-            ahead = main.last_write - copy.last_write
-            if ahead not in ((0, 1) if killed else (0,)):
-                broken("the copy is at most one write behind", f"it is {ahead} writes behind")
+            behind = main.last_write - copy.last_write
+            if not 0 <= behind <= killed:
+                broken("the copy is at most one write behind", f"it is {behind} writes behind")
             for ids, row in rows.items():
-                late = killed and row["revision"] == main.last_write
+                is_late = killed and row["revision"] == main.last_write
                 found = {file.rows.get(ids, {}).get("revision") for file in (main, copy)}
-                if not late and found != {row["revision"]}:
+                if not is_late and found != {row["revision"]}:
                     broken("each file alone knows everything", name_of(ids))
         return rows
 
@@ -281,17 +256,15 @@ class InvariantChecker:
         # A machine that sleeps meanwhile does not count the time.
         if not self.interrupted <= sent.at <= self.interrupted + GRACE and not self.clock.slept:
             return False
+        whose = {"rev-users.update": (0,), "rev-users.get": (0, 1)}.get(sent.endpoint, ())
         for ids, row in self.latest.items():
             if not row["new_ref"]:
                 continue
-            if row["state"] == "merged":
-                mine = {"rev-users.update": ids[:1], "rev-users.get": ids}.get(sent.endpoint, ())
-                if (
-                    sent.endpoint == "dev-users.self"  # first where requests have failed in a row
-                    or sent.body.get("id") in mine
-                    or sent.body.get("external_ref") == [row["new_ref"]]
-                ):
-                    return True
+            is_mine = sent.body.get("id") in [ids[one] for one in whose]
+            is_mine |= sent.body.get("external_ref") == [row["new_ref"]]
+            # The probe comes first where requests have failed in a row.
+            if row["state"] == "merged" and (is_mine or sent.endpoint == "dev-users.self"):
+                return True
             # What this run has requested may still be carried out: it is polled, or looked up.
             is_awaited = row["state"] in ("requested", "acknowledged")
             if is_awaited and row["run"] == self.run_id() and sent.endpoint not in WRITES:
@@ -323,22 +296,27 @@ class InvariantChecker:
             self.forbidden.add(ids)
         ask = self.asks[ids][-1]
         ask.ended = self.clock.now
-        if status is not None and 200 <= status < 300:
+        if 200 <= (status or 0) < 300:
             ask.answer = "acknowledged"
-        elif told and status is not None and 300 <= status < 500:
+        elif told and 300 <= (status or 0) < 500:
             ask.answer = "lost" if status == 408 else "refused"
-            others = [one[-1] for other, one in self.asks.items() if other != ids and one]
-            crowded = any(one.run == self.run for one in others)
+            crowded = any(other != ids for other in self._asked_in_this_run())
             ask.busy = status in (409, 423, 425)
             ask.busy |= crowded and status not in (401, 403, 404, 408)
+
+    def _asked_in_this_run(self) -> dict[Ids, Ask]:
+        """Return the last merge request of each pair that this run has requested."""
+        return {
+            ids: asks[-1] for ids, asks in self.asks.items() if asks and asks[-1].run == self.run
+        }
 
     def _note_poll(self, contact: str, user: Any) -> None:
         exists = isinstance(user, dict) and user.get("id") == contact
         exists = exists and user.get("state") == "active" and not user.get("primary_identity")
         if self.first_merge and contact == self.first_merge[1] and not exists:
             self.is_forbidden = False  # it was carried out all the same
-        for (_, duplicate), asks in self.asks.items() if exists else ():
-            if duplicate == contact and asks:
+        for (_, duplicate), asks in self.asks.items():
+            if exists and asks and duplicate == contact:
                 asks[-1].polled = self.run
 
     def _note_shown(self, sent: Sent, answer: Any) -> None:
@@ -347,7 +325,7 @@ class InvariantChecker:
         if answer.status != 200 or not answer.data:
             return
         if "cursor" in sent.body:  # a list is as old as its first page
-            at = self.first_pages.get(list_of(sent), NEVER)
+            at = self.first_pages.get(list_of(sent), expected.NEVER)
         else:
             at = self.first_pages[list_of(sent)] = sent.at
         shows = sent.endpoint in ("rev-users.list", "rev-users.get")
@@ -357,9 +335,10 @@ class InvariantChecker:
                     self.read[one["id"]] = (sent.at, self.clock.now)
                     if shows and name in ("rev_users", "rev_user"):
                         self.shown[one["id"]] = max(at, self.shown.get(one["id"], at))
-        for role in ALL_ROLES if sent.endpoint.endswith("s.list") else ():
-            for person in sent.body.get(role, ()):
-                self.listed[role, person] = max(at, self.listed.get((role, person), at))
+        if sent.endpoint.endswith("s.list"):
+            for role in expected.ALL_ROLES:
+                for person in sent.body.get(role, ()):
+                    self.listed[role, person] = max(at, self.listed.get((role, person), at))
 
     def _judge_client_limit(self) -> None:
         """What fits into two windows may leave in any time that is as long as one."""
@@ -390,7 +369,7 @@ class InvariantChecker:
         self._judge_room(ids)
         self.asks[ids].append(Ask(self.run, sent, self.clock.wall, row["backup"]))
 
-    def _judge_intent(self, ids: Ids) -> Dict[str, Any]:
+    def _judge_intent(self, ids: Ids) -> Document:
         """The intent is in both files, and nothing of it is still to be committed."""
         invariant = "the intent is in both files before the request leaves"
         found = []
@@ -398,9 +377,9 @@ class InvariantChecker:
             db = self.process.connections.get(path.name)
             if db is None or db.in_transaction:
                 broken(invariant, f"{path} is not open, or its transaction is")
-            where = "WHERE primary_id = ? AND duplicate_id = ?"
-            statement = f"SELECT {', '.join(ROW)} FROM pairs {where}"
-            values = sqlite3.Connection.execute(db, statement, ids).fetchone()
+            select = f"SELECT {', '.join(expected.ROW)} FROM pairs"
+            select += " WHERE primary_id = ? AND duplicate_id = ?"
+            values = sqlite3.Connection.execute(db, select, ids).fetchone()
             row = stored_row(values) if values else {"state": "nothing", "requested_at": 0.0}
             is_set = self.clock.set_by or self.clock.slept
             late = abs(row["requested_at"] - self.clock.wall) > 5 and not is_set
@@ -411,7 +390,7 @@ class InvariantChecker:
             broken(invariant, f"the two files differ about {name_of(ids)}")
         return found[0]
 
-    def _judge_plan(self, ids: Ids, row: Mapping[str, Any]) -> None:
+    def _judge_plan(self, ids: Ids, row: Document) -> None:
         invariant = "only what is in the plan is merged"
         wanted = self.asked_for.get(ids)
         if wanted is None or wanted.new_ref != row["new_ref"]:
@@ -424,28 +403,23 @@ class InvariantChecker:
         limit = self.options.limit
         if limit and len(self.begun) > limit:
             broken(invariant, f"--limit {limit}, and {len(self.begun)} new pairs are requested")
-        sizes = Counter(primary for primary, _ in self.allowed - self.expected.keys())
-        known = {primary for primary, _ in self.expected}
+        sizes = Counter(primary for primary, _ in self.allowed - self.before.keys())
+        known = {primary for primary, _ in self.before}
         fresh = [size for primary, size in sizes.items() if primary not in known]
         if limit and ids in self.tried and sum(fresh) >= limit and set(fresh) == {1}:
             broken("what was never tried comes first", f"{name_of(ids)} failed before")
 
     def _judge_turn(self, ids: Ids) -> None:
         """Until one merge is confirmed they go one by one, and the pairs of a group always do."""
-        mine = {
-            other: asks[-1]
-            for other, asks in self.asks.items()
-            if other != ids and asks and asks[-1].run == self.run
-        }
-        merged = {
-            other: row["new_ref"]
-            for other, row in self.latest.items()
-            if row["run"] == self.run_id() and row["state"] in ("merged", "proving", *ENDED)
-        }
+        mine = self._asked_in_this_run()
+        mine.pop(ids, None)
+        there = pairs_in(self.latest, ("merged", "proving", *ENDED))
+        merged = {one for one in there if self.latest[one]["run"] == self.run_id()}
         # A poll may have confirmed what was contradicted since.
-        is_confirmed = self.lies or not merged.keys().isdisjoint({*mine, *self.intended})
+        is_confirmed = self.lies or not merged.isdisjoint({*mine, *self.intended})
         # A merge without a reference has nothing to set: it confirms the run alone.
-        takes_updates = self.lies or self.takes_updates or not all(merged.values())
+        takes_updates = self.lies or self.takes_updates
+        takes_updates |= not all(self.latest[one]["new_ref"] for one in merged)
         for other, last in mine.items():
             row, what = self.latest[other], f"{name_of(ids)} after {name_of(other)}"
             given_up = row["code"] or last.answer == "refused"
@@ -466,34 +440,32 @@ class InvariantChecker:
         """What the run was told is fresh, whether anything has changed or not."""
         now = self.clock.now - JITTER
         for contact in ids:
-            age = now - self.shown.get(contact, NEVER)
+            age = now - self.shown.get(contact, expected.NEVER)
             if age > FRESH:
                 broken(FRESHNESS, f"{short(contact)} was shown {age:.0f} s ago")
-            for role in ALL_ROLES:
-                age = now - self.listed.get((role, contact), NEVER)
+            for role in expected.ALL_ROLES:
+                age = now - self.listed.get((role, contact), expected.NEVER)
                 if age > LISTED:
                     broken(BACKED_UP, f"{role} of {short(contact)} was listed {age:.0f} s ago")
 
     def _judge_check(self, ids: Ids) -> None:
         """Some moment of the last minute has to have shown each contact as the export has it."""
         since = self.clock.now - FRESH - self.lag - JITTER
-        orgs: List[Set[Optional[str]]] = []
-        wanted = self.known[ids]
-        all_known = [(pair[0], one) for pair, known in self.known.items() for one in known]
-        moved = {one.new_ref for primary, one in all_known if primary == ids[0] and one.new_ref}
-        for contact, rows, more in (
-            (ids[0], [one.primary for one in wanted], moved),
-            (ids[1], [one.duplicate for one in wanted], set()),
-        ):
-            refs = {row.ref for row in rows} | more
+        orgs: list[set[str | None]] = []
+        moved = {one.new_ref for one in self.known_of(ids[0])} - {None}
+        for place, contact in enumerate(ids):
+            rows = [one[place] for one in self.known[ids]]  # of the primary, of the duplicate
+            refs = {row.ref for row in rows}
+            if contact == ids[0]:
+                refs |= moved
             emails = {row.key for row in rows}
             if self.reasons.is_odd(contact):  # merged, and DevRev answers as before
                 since = self.organisation.merge_times[contact] - JITTER
             good = [
                 one
-                for one in versions(self.organisation.contacts, contact, since)
+                for one in expected.versions(self.organisation, contact, since)
                 if one and one["state"] == "active" and one.get("external_ref") in refs
-                if email_key(str(one.get("email") or "")) in emails
+                if expected.email_key(str(one.get("email") or "")) in emails
             ]
             if not good:
                 broken(FRESHNESS, f"{short(contact)} has been another for {FRESH:g} s")
@@ -501,14 +473,18 @@ class InvariantChecker:
         if not (orgs[0] & orgs[1] or self.options.across_workspaces or None in orgs[0] | orgs[1]):
             broken(FRESHNESS, f"{name_of(ids)} are of different rev orgs")
 
+    def known_of(self, primary: str) -> list[expected.Wanted]:
+        """Return the merges into a primary that exports have ever asked for."""
+        return [one for ids, known in self.known.items() if ids[0] == primary for one in known]
+
     def _judge_group(self, ids: Ids) -> None:
         """What DevRev shows besides: unverified contacts, several references, and namesakes."""
         wanted, contacts = self.asked_for[ids], self.organisation.contacts
         # The second of these is the contact that is not verified:
-        for pair in () if self.options.try_unverified else (ids, ids[::-1]):
+        for pair in (ids, ids[::-1]):
             odd = [one in self.organisation.unverified for one in pair]
-            moves = pair == ids and wanted.new_ref
-            if odd[1] and self.reasons.shows_verified(pair) and (moves or not odd[0]):
+            is_refused = odd[1] and (not odd[0] or (pair == ids and wanted.new_ref))
+            if is_refused and self.reasons.shows_verified(pair) and not self.options.try_unverified:
                 broken("an unverified contact is not merged with a verified one", name_of(ids))
         for contact in ids:
             one = contacts.get(contact) or {}
@@ -522,30 +498,32 @@ class InvariantChecker:
         group = [row for row in self.rows if row.key == wanted.primary.key]
         spellings = {row.email for row in group}
 
-        def is_listed(was: Optional[Thing]) -> bool:
-            return bool(was and takes_part(was.get("external_ref")) and was["email"] in spellings)
+        def is_listed(was: Thing | None) -> bool:
+            return bool(
+                was and expected.takes_part(was.get("external_ref")) and was["email"] in spellings
+            )
 
         listed = {
             one["id"]: one["external_ref"]
             for one in contacts.find([("email", sorted(spellings))])
             if self.organisation.alive(one["id"])
-            and all(map(is_listed, versions(contacts, one["id"], since)))
+            and all(map(is_listed, expected.versions(self.organisation, one["id"], since)))
         }
-        new = {listed[one] for one in listed.keys() - {row.id for row in group if row.takes_part}}
-        users = [one for one in new if one.startswith("user_")]
-        if wanted.primary.key in self.choices:
-            if new:
-                broken("a chosen group is as the choice has seen it", f"{len(new)} have joined")
-        elif len(listed) > most_contacts(wanted.primary.key) or users:
+        new = [listed[one] for one in listed.keys() - {row.id for row in group if row.takes_part}]
+        is_chosen = wanted.primary.key in self.choices
+        if is_chosen and new:
+            broken("a chosen group is as the choice has seen it", f"{len(new)} have joined")
+        has_too_many = len(listed) > expected.most_contacts(wanted.primary.key)
+        if not is_chosen and (has_too_many or any(one.startswith("user_") for one in new)):
             broken("a shared mailbox is not merged without a choice", f"{len(listed)} contacts")
 
     def _judge_backup(self, ids: Ids, folder: Path) -> None:
         try:
-            manifest, contents = read_backup(folder)
+            contents = read_backup(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             broken(BACKED_UP, f"{folder}: {type(error).__name__} {error}")
             return
-        entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
+        entries = expected.entries_of(str(folder))
         for contact in ids:
             if contact not in entries:
                 broken(BACKED_UP, f"{folder} does not hold {short(contact)}")
@@ -554,37 +532,32 @@ class InvariantChecker:
                 broken(BACKED_UP, f"{folder}: contact.json is not {short(contact)}'s")
             works = {work["id"]: work for work in files["works.json"]}
             talks = {talk["id"]: talk for talk in files["conversations.json"]}
-            for key, role in ROLES.items():
-                self._judge_list(role, contact, entry["works"][key], works)
-            self._judge_list("members", contact, entry["conversations"], talks)
+            counts = []
+            for key, role in expected.ROLES.items():
+                listed = entry["works"][key]
+                self._judge_list(role, contact, set(listed), works)
+                counts.append(sum(":ticket/" in one or ":issue/" in one for one in listed))
+            self._judge_list("members", contact, set(entry["conversations"]), talks)
             if not self.options.no_timelines:
                 self._judge_timelines({**works, **talks}, files["timelines.json"])
-            counts = [
-                sum(":ticket/" in one or ":issue/" in one for one in entry["works"][key])
-                for key in ROLES
-            ]
             self._judge_count(ids, contact, max(counts))
 
-    def _judge_list(
-        self, role: str, contact: str, listed: Sequence[str], there: Mapping[str, Thing]
-    ) -> None:
+    def _judge_list(self, role: str, contact: str, listed: set[str], there: Document) -> None:
         """What is listed is there; it was so at some time lately, and is all that was so then."""
         organisation, since = self.organisation, self.clock.now - LISTED - self.lag - JITTER
         table = organisation.conversations if role == "members" else organisation.works
-        always, ever = holdings(table, role, contact, since)
-        wrong = set(listed) - set(there)
+        always, ever = expected.holdings(table, role, contact, since)
+        wrong = listed - there.keys()
         if not self.lies:
-            wrong |= set(listed) - ever
-            wrong |= {one for one in always if self.reasons.is_listed(one)} - set(listed)
+            wrong |= listed - ever
+            wrong |= {one for one in always if self.reasons.is_listed(one)} - listed
         if wrong:
             shown = ", ".join(map(short, sorted(wrong)))
             broken(BACKED_UP, f"{role} of {short(contact)}: {shown}")
 
-    def _judge_timelines(
-        self, things: Mapping[str, Thing], timelines: Mapping[str, Sequence[Thing]]
-    ) -> None:
+    def _judge_timelines(self, things: Document, timelines: Document) -> None:
         for object_id, thing in things.items():
-            now = table_of(self.organisation, object_id).get(object_id)
+            now = expected.now_of(self.organisation, object_id)
             if self.lies or now is None or now["modified_date"] != thing["modified_date"]:
                 continue
             there = self.organisation.timelines.get(object_id, ())
@@ -597,11 +570,9 @@ class InvariantChecker:
                 broken(BACKED_UP, f"{len(saved)} of {len(truth)} comments on {short(object_id)}")
 
     def _judge_count(self, ids: Ids, contact: str, count: int) -> None:
-        known = [row for one in self.known[ids] for row in (one.primary, one.duplicate)]
-        counts = {row.tickets for row in known if row.id == contact}
-        merged = {pair[0] for pair, asks in self.asks.items() if asks}
-        merged |= {primary for primary, _ in self.ever_intended}
-        has_grown = contact == ids[0] and contact in merged
+        counts = {one[ids.index(contact)].tickets for one in self.known[ids]}
+        asked = {pair for pair, asks in self.asks.items() if asks} | self.ever_intended
+        has_grown = contact == ids[0] and contact in {primary for primary, _ in asked}
         at_least = has_grown or self.options.count_policy == "at-least"
         if count not in counts and not (at_least and count > min(counts)):
             what = f"{count} of {short(contact)}, the export has {sorted(counts)}"
@@ -636,19 +607,17 @@ class InvariantChecker:
         now, reset = quota._turn()
         left = quota.limit - quota._used - process.travelling
         if reset - now > 3 and quota._used and left < min(needed, quota.limit):
-            broken(
-                "a merge leaves only where the quota has room to finish it", f"{left} units left"
-            )
+            invariant = "a merge leaves only where the quota has room to finish it"
+            broken(invariant, f"{left} units left")
 
     # ----- an update of a primary -----------------------------------------------------------------
 
     def _judge_update(self, sent: Sent) -> None:
-        primary, fields = sent.body["id"], set(sent.body) - {"id", "external_ref"}
+        primary = sent.body["id"]
         # What was intended by a run that was killed before it sent the request counts as requested.
         asked = {ids for ids in self.known if self.asks[ids]} | self.ever_intended
         mine = [ids for ids in self.known if ids[0] == primary and ids in asked]
-        if fields:
-            self._judge_fields(sent, mine)
+        self._judge_fields(sent, mine)
         if "external_ref" not in sent.body:
             return
         reference = sent.body["external_ref"].strip()  # DevRev's own may have blanks around it
@@ -660,9 +629,10 @@ class InvariantChecker:
             broken("a reference is moved after the merge", what)
         if not any(self.asks[ids] and self.asks[ids][-1].run == self.run for ids in mine):
             # A resumed pair reads the primary first.
-            group = [one for ids, known in self.known.items() if ids[0] == primary for one in known]
-            known = {ref for one in group for ref in (one.primary.ref, one.new_ref)}
-            been = versions(self.organisation.contacts, primary, self.began[0])
+            known: set[str | None] = set()
+            for one in self.known_of(primary):
+                known |= {one.primary.ref, one.new_ref}
+            been = expected.versions(self.organisation, primary, self.began[0])
             if all(was is not None and was.get("external_ref") not in known for was in been):
                 broken("a reference that another user has set is not overwritten", what)
         for ids in mine:
@@ -671,28 +641,31 @@ class InvariantChecker:
     def _judge_fields(self, sent: Sent, mine: Sequence[Ids]) -> None:
         """Fields are carried only where that was asked for, and only what the duplicates had."""
         invariant = "only fields that the duplicate had are carried, and only with --carry-fields"
-        primary = sent.body["id"]
+        primary, fields = sent.body["id"], sorted(sent.body.keys() - {"id", "external_ref"})
+        if not fields:
+            return
         if not any(self.latest[ids]["fields_to_carry"] for ids in mine if ids in self.latest):
-            broken(invariant, f"{', '.join(sorted(sent.body))} of {short(primary)}")
-        contacts = [self.organisation.contacts.get(one) or {} for ids in mine for one in ids]
+            broken(invariant, f"{', '.join(fields)} of {short(primary)}")
+        been: list[Thing | None] = []
         for ids in mine:
             # The check of a merge may be older than the last edit of the duplicate.
-            since = self.asks[ids][-1].at - FRESH - self.lag - JITTER if self.asks[ids] else NEVER
-            for one, at in zip(ids, (NEVER, since)):
-                been = versions(self.organisation.contacts, one, at)
-                contacts += [was for was in been if was]
+            requested = self.asks[ids][-1].at if self.asks[ids] else expected.NEVER
+            since = requested - FRESH - self.lag - JITTER
+            been += expected.versions(self.organisation, ids[0], expected.NEVER)
+            been += expected.versions(self.organisation, ids[1], since)
+        contacts = [one for one in been if one]
         lately = self.lately(primary)
-        for field in sorted(set(sent.body) - {"id", "external_ref"}):
+        for field in fields:
             value = sent.body[field]
             what = f"{field} of {short(primary)} becomes {value!r}"
             if field == "phone_numbers":
-                good = set(value) <= {number for one in contacts for number in one.get(field, ())}
-                is_lost = not kept_numbers(lately) <= set(value)
+                is_known = set(value) <= {one for was in contacts for one in was.get(field, ())}
+                is_lost = not expected.kept_numbers(lately) <= set(value)
             else:
-                good = field in ("description", "display_name")
-                good = good and any(one.get(field) == value for one in contacts)
+                is_known = any(one.get(field) == value for one in contacts)
+                is_known &= field in ("description", "display_name")
                 is_lost = not any(may_be_replaced(one, field) for one in lately)
-            if not good:
+            if not is_known:
                 broken(invariant, what)
             if is_lost and not self.lies:
                 broken(LOST, what)
@@ -702,10 +675,9 @@ class InvariantChecker:
         merged, slowest = self.organisation.merge_times.get(ids[1]), self.slowest()
         if slowest is None or merged is None or ids in self.moving:
             return
-        if [ask.run for ask in self.asks[ids]] != [self.run]:
-            return
         # Where it stays, and no object tells, lists are read twice.
-        if self.fake_devrev.stays and not self.reasons.objects_tell(ids, self.latest[ids]):
+        stays = self.fake_devrev.stays and not self.reasons.objects_tell(ids, self.latest[ids])
+        if stays or [ask.run for ask in self.asks[ids]] != [self.run]:
             return
         self.moving.add(ids)
         gap, most = self.clock.now - merged, 1.0 + 0.1 * self.fake_devrev.merge_delay + 6 * slowest
@@ -715,19 +687,17 @@ class InvariantChecker:
 
     # ----- a run ends -----------------------------------------------------------------------------
 
-    def after_run(
-        self, report: Path, code: Optional[int], ended: bool, needed: bool
-    ) -> Dict[Ids, Dict[str, Any]]:
+    def after_run(self, report: Path, code: int | None, killed: bool, needed: bool) -> Rows:
         """Judge what a run has left on the disk; return the savepoint's rows.
 
-        `report` is its own; `ended`: it was not killed; `needed`: it has to have written it.
+        `report` is its own; `needed`: it has to have written it.
         """
-        rows = self.judge_files(not ended)
-        self.ever_intended.update(ids for ids, row in rows.items() if row["state"] in UNFINISHED)
+        rows = self._judge_files(killed)
+        self.ever_intended |= pairs_in(rows, UNFINISHED)
         self._judge_rows(rows)
         if needed and code in (0, 1) and self.options.csv and not self.options.preview:
-            for ids, row in self.expected.items():
-                if row["state"] == "cancelled" and ids[1] not in self.polled:
+            for ids in sorted(pairs_in(self.before, ["cancelled"])):
+                if ids[1] not in self.polled:
                     broken("every run polls each cancelled pair", name_of(ids))
         self.undo.after_run(rows, report, code, needed)
         self.reports.after_run(rows, None if self.undo.active else report, code, needed)
@@ -738,11 +708,12 @@ class InvariantChecker:
                 asks[-1].answer = "lost"  # the run was killed before it could save the answer
         return rows
 
-    def _judge_rows(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+    def _judge_rows(self, rows: Rows) -> None:
         for ids, asks in self.asks.items():
             state = rows[ids]["state"] if ids in rows else "nothing"
-            if asks and state not in (*TERMINAL, *UNFINISHED, "undoing"):
-                broken(REMEMBERED, f"the savepoint says {state} of {name_of(ids)}")
+            if asks and state not in (*expected.TERMINAL, *UNFINISHED, "undoing"):
+                what = f"the savepoint says {state} of {name_of(ids)}"
+                broken("a request is never forgotten", what)
         for ids, row in rows.items():
             state = row["state"]
             exists = self.organisation.alive(ids[1]) and not self.lies
@@ -765,7 +736,7 @@ class InvariantChecker:
             invariant = "merged_elsewhere is said only of what another user has merged or deleted"
             broken(invariant, f"{name_of(ids)} still exists, or was requested more than once")
 
-    def judge_done(self, ids: Ids, reference: Optional[str], backup: Optional[str]) -> None:
+    def judge_done(self, ids: Ids, reference: str | None, backup: str | None) -> None:
         if not self.into(ids) and not self._is_as_if_merged(ids, backup):
             broken(TRUE, f"{name_of(ids)} is done, and was not merged")
         # The primary may have been merged onward.
@@ -775,53 +746,49 @@ class InvariantChecker:
             broken(TRUE, f"{name_of(ids)} is done, and the primary never got {reference}")
         self._judge_transfer(ids, backup)
 
-    def _judge_transfer(self, ids: Ids, backup: Optional[str]) -> None:
+    def _judge_transfer(self, ids: Ids, backup: str | None) -> None:
         """What was backed up was the primary's at some time since, but for what is deleted."""
-        entries = entries_of(backup)
+        entries = expected.entries_of(backup)
         if self.lies or ids in self.judged or not entries or not self.into(ids):
             return
         self.judged.add(ids)
         since = self.organisation.merge_times[ids[1]] - self.lag - LISTED
-        for one, role in in_backup(entries[ids[1]]):
-            table = table_of(self.organisation, one)
-            been = versions(table, one, since)
-            if one in table and not any(held(thing, role, ids[0]) for thing in been):
+        for one, role in expected.in_backup(entries[ids[1]]):
+            been = expected.versions(self.organisation, one, since)
+            if been[0] and not any(expected.held(thing, role, ids[0]) for thing in been):
                 what = f"{role} of {short(one)}, {name_of(ids)}"
                 broken("a pair is done only where all that was backed up is the primary's", what)
 
-    def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
+    def _is_as_if_merged(self, ids: Ids, backup: str | None) -> bool:
         """Whether others have deleted the duplicate, or merged it elsewhere, and that can't be told
         from a merge: all that it had belongs to the primary, or it had nothing."""
         if self.organisation.alive(ids[1]):
             return False
-        entries = entries_of(backup)
-        items = in_backup(entries[ids[1]]) if entries else ()
+        entries = expected.entries_of(backup)
+        items = expected.in_backup(entries[ids[1]]) if entries else ()
         return all(self.belongs_to(one, role, ids[0]) for one, role in items)
 
     def leaves_behind(self, ids: Ids) -> bool:
         """Whether what was backed up of a duplicate is not all its primary's, or not all exists."""
-        entries = entries_of(self.latest[ids]["backup"] if ids in self.latest else None)
-        if not entries:
-            return True
-        return not all(
-            one in table_of(self.organisation, one) and self.belongs_to(one, role, ids[0])
-            for one, role in in_backup(entries[ids[1]])
-        )
+        entries = expected.entries_of(self.latest[ids]["backup"] if ids in self.latest else None)
+        items = expected.in_backup(entries[ids[1]]) if entries else ()
+        things = [(expected.now_of(self.organisation, one), role) for one, role in items]
+        return not entries or not all(expected.held(thing, role, ids[0]) for thing, role in things)
 
     def into(self, ids: Ids) -> bool:
         """Whether the duplicate was merged into the primary."""
-        one: Optional[str] = ids[1]
+        one: str | None = ids[1]
         while one is not None and one != ids[0]:
             one = self.organisation.merged_into.get(one)
         return one is not None
 
     def belongs_to(self, object_id: str, role: str, contact: str) -> bool:
-        thing = table_of(self.organisation, object_id).get(object_id)
-        return thing is None or held(thing, role, contact)
+        thing = expected.now_of(self.organisation, object_id)
+        return thing is None or expected.held(thing, role, contact)
 
     # ----- what gets lost between runs ------------------------------------------------------------
 
-    def lose_file(self, path: Path, put_back: Optional[Path] = None, forget: bool = True) -> None:
+    def lose_file(self, path: Path, put_back: Path | None = None, forget: bool = True) -> None:
         """Delete a file of the savepoint, or put an older copy of it in its place."""
         for tail in ("", "-journal"):
             target = Path(f"{path}{tail}")
@@ -830,7 +797,7 @@ class InvariantChecker:
             if put_back is not None and Path(f"{put_back}{tail}").exists():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copy(f"{put_back}{tail}", str(target))
-        file = read_file(path)
+        file = expected.read_file(path)
         self.committed[path.name] = dict(file.rows) if file else {}
         self.reports.put_back(file)
         for asks in self.asks.values():
@@ -838,15 +805,6 @@ class InvariantChecker:
                 asks[-1].answer = "lost"  # for all that the tool can know
         if forget:
             self.forget()
-
-    @staticmethod
-    def _runs_of(*files: Optional[StoredFile]) -> Set[str]:
-        there = [file for file in files if file]
-        rows = {row["run"] for file in there for row in file.rows.values()}
-        return rows.union(*(file.runs for file in there))
-
-    def known_runs(self) -> Set[str]:
-        return self._runs_of(read_file(MAIN), read_file(COPY))
 
     def lose_backups(self) -> None:
         """Delete the folder `backups`, the copy of the savepoint included."""
@@ -857,24 +815,20 @@ class InvariantChecker:
 
     def forget(self) -> None:
         """Forget what neither file knows any more: both were lost, or put back from a backup."""
-        rows = joined(read_file(MAIN), read_file(COPY))
+        rows = expected.joined(*expected.read_files())
         for ids in list(self.asks):
             row = rows.get(ids)
             if self.asks[ids] and (row is None or row["state"] in ("planned", "failed")):
                 del self.asks[ids]
                 self.ever_intended.discard(ids)
-        ended, still = (
-            {ids for ids, row in known.items() if row["state"] in ENDED}
-            for known in (self.latest, rows)
-        )
-        self.reports.reopened |= ended - still
+        self.reports.reopened |= pairs_in(self.latest, ENDED) - pairs_in(rows, ENDED)
         self.latest = dict(rows)
         self.judged &= rows.keys()
         self.undo.forget(rows)
 
     # ----- a scenario ends ------------------------------------------------------------------------
 
-    def after_life(self, rows: Mapping[Ids, Mapping[str, Any]], stuck: Set[str]) -> None:
+    def after_life(self, rows: Rows, stuck: set[str]) -> None:
         """Everything was left in peace: each pair has ended, or there is a true reason."""
         self.reasons.judge(rows, stuck)
         self.undo.after_life(rows)
@@ -888,16 +842,11 @@ def organisation_of(don: str) -> str:
     return don.partition(":devo/")[2].partition(":")[0]
 
 
-def documents(rows: Mapping[Ids, Mapping[str, Any]]) -> Dict[Ids, str]:
+def documents(rows: Rows) -> dict[Ids, str]:
     return {ids: row["document"] for ids, row in rows.items()}
 
 
-def kept_numbers(been: Sequence[Optional[Thing]]) -> Set[str]:
-    """Return the phone numbers that a contact has had all the time."""
-    return set.intersection(*(set((one or {}).get("phone_numbers", ())) for one in been))
-
-
-def may_be_replaced(contact: Optional[Thing], field: str) -> bool:
+def may_be_replaced(contact: Thing | None, field: str) -> bool:
     """Return whether a contact has no value of a field, or a name that DevRev has made."""
     value = str((contact or {}).get(field) or "")
     if field != "display_name" or contact is None:
@@ -912,14 +861,13 @@ def list_of(sent: Sent) -> str:
     return json.dumps([sent.endpoint, body])
 
 
-def read_backup(folder: Path) -> Tuple[Any, Dict[str, Dict[str, Any]]]:
-    """Return a backup's manifest, and its files by folder and name."""
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    contents: DefaultDict[str, Dict[str, Any]] = defaultdict(dict)
-    for file, expected in manifest["files"].items():
+def read_backup(folder: Path) -> defaultdict[str, Document]:
+    """Return the files of a backup by folder and name; they are what its manifest says."""
+    contents: defaultdict[str, Document] = defaultdict(dict)
+    for file, known in json.loads((folder / "manifest.json").read_bytes())["files"].items():
         data = (folder / file).read_bytes()
-        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        if len(data) != known["bytes"] or hashlib.sha256(data).hexdigest() != known["sha256"]:
             raise ValueError(f"{file} is not what was written")
         home, _, title = file.rpartition("/")
         contents[home][title] = json.loads(data)
-    return manifest, contents
+    return contents

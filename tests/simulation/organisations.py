@@ -1,8 +1,10 @@
 """Organisations to play scenarios in, and ways in which DevRev serves them, from a seed."""
 
+from __future__ import annotations
+
 import math
 import random
-from typing import Any, Dict, List, Optional, Sequence, Set
+from typing import Any, Sequence
 
 from tests.fake.organisation import ALL_WORK_KINDS, HALF_EMOJI, WORK_KINDS, Organisation
 from tests.fake.trouble import STAYS
@@ -17,7 +19,7 @@ class Draws:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.calm = self.random.random() < 0.1
-        self._on: Dict[str, bool] = {}
+        self._on: dict[str, bool] = {}
 
     def has(self, kind: str, chance: float = 0.3) -> bool:
         """Return whether this scenario knows such things."""
@@ -26,7 +28,7 @@ class Draws:
             self._on[kind] = drawn and not self.calm
         return self._on[kind]
 
-    def drawn(self) -> List[str]:
+    def drawn(self) -> list[str]:
         return [kind for kind, on in self._on.items() if on]
 
     def somewhen(self, least: float, most: float) -> float:
@@ -66,7 +68,7 @@ class OrganisationBuilder:
         organisation.unverified_keep_references = keep
         organisation.visitors_verified = not draws.has("visitors are unverified", 0.1)
         shapes, weights = zip(*SHAPES)
-        contacts: List[str] = []
+        contacts: list[str] = []
         for number in range(chance.randint(3, 12)):
             (shape,) = chance.choices(shapes, weights)
             local = f"person{number}"
@@ -77,7 +79,7 @@ class OrganisationBuilder:
             self._shared(chance.sample(contacts, min(len(contacts), chance.randint(1, 3))))
         return organisation
 
-    def _group(self, email: str, shape: str) -> List[str]:
+    def _group(self, email: str, shape: str) -> list[str]:
         draws, chance = self.draws, self.chance
         two_orgs = draws.has("two rev orgs", 0.1) and chance.random() < 0.3
         people = []
@@ -85,7 +87,7 @@ class OrganisationBuilder:
             key = str(next(self.keys))
             reference = {"R": None, "u": f"user_{key}", "-": f"crm-{key}"}[letter]
             written = email.title() if chance.random() < 0.1 else email
-            org: Optional[str] = "OTHER" if two_orgs and place else "ACME"
+            org: str | None = "OTHER" if two_orgs and place else "ACME"
             if draws.has("no rev org", 0.06) and chance.random() < 0.2:
                 org = None
             state = chance.choice(("locked", "deactivated")) if chance.random() < 0.02 else "active"
@@ -100,7 +102,7 @@ class OrganisationBuilder:
         least = 0.3 if letter == "R" else 0.1
         return not (self.draws.has("unverified contacts", 0.2) and self.chance.random() < least)
 
-    def _fields(self, key: str) -> Dict[str, Any]:
+    def _fields(self, key: str) -> dict[str, Any]:
         """Draw what a contact has besides."""
         chance, found = self.chance, {}
         half = self.half if chance.random() < 0.2 else ""
@@ -216,7 +218,7 @@ class Switches:
         statuses = (400, 403, 409)
         perhaps("fields that can't be set", 0.06, refused_fields=fields, refused_status=statuses)
 
-    def set_others(self) -> Set[str]:
+    def set_others(self) -> set[str]:
         """Draw what organisations do with merged contacts, references, pages and kinds of works.
 
         Return the contacts that no request may name.
@@ -257,7 +259,7 @@ class Switches:
         world.firewall_status = chance.choice((403, 406))
         return {str(one["id"]) for one in contacts.find([("email", world.firewall)])}
 
-    def restrict(self) -> Set[str]:
+    def restrict(self) -> set[str]:
         """Draw objects that the token may not read or write; return who has to do with them."""
         chance, draws, world, trouble = self.chance, self.draws, self.world, set()
         if draws.has("contacts that are forbidden", 0.06):
@@ -279,7 +281,7 @@ class Switches:
         return trouble
 
 
-def set_switches(world: World, draws: Draws) -> Set[str]:
+def set_switches(world: World, draws: Draws) -> set[str]:
     """Draw how DevRev behaves; return the contacts that the token has trouble with for good."""
     switches = Switches(world, draws)
     switches.set_first()

@@ -1,37 +1,18 @@
 """What a pair that has not been merged may say in the end: whether its reason is so."""
 
+from __future__ import annotations
+
+import itertools
 import json
-from typing import Any, Dict, Mapping, Optional, Set
+from typing import Any
 
-from tests.fake.organisation import (
-    HALF_EMOJI,
-    OTHER_WORK_KINDS,
-    Thing,
-    kind_of,
-    org_id_of,
-    own_reference,
-)
-from tests.simulation.expected import (
-    STOPPING,
-    TERMINAL,
-    Ids,
-    email_key,
-    entries_of,
-    holders,
-    in_backup,
-    most_contacts,
-    name_of,
-    people_of,
-    table_of,
-    takes_part,
-    versions,
-)
+from tests.fake.organisation import HALF_EMOJI, OTHER_WORK_KINDS, kind_of, org_id_of, own_reference
+from tests.simulation import expected
+from tests.simulation.expected import NEVER, STOPPING, TERMINAL, Document, Ids, Rows, email_key
 from tests.simulation.report_invariants import ids_of
-from tests.simulation.world import broken
+from tests.simulation.world import broken, name_of
 
-LISTED = 120.0
-ALL_ENDED = "a scenario that is left in peace ends with every pair done or refused"
-TRUE = "every pair is done, or refused for a reason that is true"
+LISTED = 120.0  # seconds for which the lists in a backup may be relied on
 
 
 class ReasonChecker:
@@ -43,7 +24,9 @@ class ReasonChecker:
     def __init__(self, checker: Any) -> None:
         self.checker = checker
         self.organisation = checker.organisation
-        self.trouble: Set[str] = set()
+        self.trouble: set[str] = set()
+        self.stuck: set[str] = set()  # references that stay where they are
+        self.resting: Rows = {}  # entries of pairs that the last report has not ended
 
     def shows_verified(self, ids: Ids) -> bool:
         """Whether answers or lists tell for sure which of the two is verified."""
@@ -73,49 +56,59 @@ class ReasonChecker:
         if world.restricted_in_lists == "left out":
             return
         for object_id in {*world.restricted, *world.restricted_timelines}:
-            table = table_of(self.organisation, object_id)
-            for thing in versions(table, object_id, -1e9):
-                self.trouble.update(one["id"] for one in people_of(thing))
+            for thing in expected.versions(self.organisation, object_id, NEVER):
+                self.trouble.update(one["id"] for one in expected.people_of(thing))
 
-    def judge(self, rows: Mapping[Ids, Mapping[str, Any]], stuck: Set[str]) -> None:
+    def judge(self, rows: Rows, stuck: set[str]) -> None:
         checker = self.checker
+        self.stuck = stuck
         self.find_trouble()
         last = checker.reports.last
         entries = (*last["failed_merges"], *last["unfinished_merges"])
-        resting = {ids_of(entry): entry for entry in entries}
-        for ids in {*checker.plan, *(ids for ids, asks in checker.asks.items() if asks)}:
+        self.resting = {ids_of(entry): entry for entry in entries}
+        for ids in sorted({*checker.plan, *(ids for ids, asks in checker.asks.items() if asks)}):
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state in (*TERMINAL, "undoing"):
                 self._judge_ended(ids, state, rows.get(ids))
-            elif ids in resting:
-                entry = resting[ids]
-                if not self.is_true(ids, entry, resting, stuck):
+            elif ids in self.resting:
+                entry = self.resting[ids]
+                if not self._is_true(ids, entry):
                     what = f"{entry['state']}, {entry['code']}: {entry['error']}"
-                    broken(TRUE, f"{name_of(ids)} is {what}")
+                    invariant = "every pair is done, or refused for a reason that is true"
+                    broken(invariant, f"{name_of(ids)} is {what}")
             elif not self._is_left_out(ids, state, last):
-                broken(ALL_ENDED, f"{name_of(ids)} ({state}): nothing is said of it")
+                invariant = "a scenario that is left in peace ends with every pair done or refused"
+                broken(invariant, f"{name_of(ids)} ({state}): nothing is said of it")
         self._judge_references(rows)
 
-    def _is_left_out(self, ids: Ids, state: str, report: Mapping[str, Any]) -> bool:
+    def _is_left_out(self, ids: Ids, state: str, report: Document) -> bool:
         """Whether the run stopped before a pair, or its report says, truly, why it is left out."""
         if self._is_too_small() and self.checker.reports.last_code == 3:
             return True
-        email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
+        email = self._email_of(ids)
         skipped = [(one["code"], one["email"]) for one in report.get("skipped") or ()]
         gone = {one for code, one in skipped if code in ("already_gone", "already_merged")}
         is_said = email in gone or (gone and state == "nothing")
         is_gone = is_said and not self.organisation.alive(ids[1])
-        return is_gone or (("different_rev_org", email) in skipped and self._orgs_differ(ids))
+        contacts = (self.organisation.contacts.get(one) for one in ids)
+        orgs = {org_id_of(one) for one in contacts if one} - {None}
+        return is_gone or (("different_rev_org", email) in skipped and len(orgs) > 1)
+
+    def _email_of(self, ids: Ids) -> str:
+        """Return the address of a pair that is planned; empty where it is not planned any more."""
+        return self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
 
     def objects_tell(self, ids: Ids, row: Any) -> bool:
         """Whether a backup has an object of the duplicate alone, or a poll names the primary."""
         world = self.checker.fake_devrev
         if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
             return True
-        entries = entries_of(row["backup"]).items()
-        items = {contact: {one for one, _ in in_backup(entry)} for contact, entry in entries}
+        entries = expected.entries_of(row["backup"]).items()
+        items = {
+            contact: {one for one, _ in expected.in_backup(entry)} for contact, entry in entries
+        }
         mine = items.pop(ids[1], set()).difference(*items.values())
-        return any(one in table_of(self.organisation, one) for one in mine)
+        return any(expected.now_of(self.organisation, one) for one in mine)
 
     def _judge_ended(self, ids: Ids, state: str, row: Any) -> None:
         is_carried_out = state == "cancelled" and self.checker.into(ids)
@@ -127,30 +120,23 @@ class ReasonChecker:
     def _is_hidden(self, ids: Ids) -> bool:
         return self.is_odd(ids[1]) or self._cannot_be_told(ids)
 
-    def _orgs_differ(self, ids: Ids) -> bool:
-        contacts = self.organisation.contacts
-        orgs = {org_id_of(contacts[one]) for one in ids if one in contacts}
-        return len(orgs - {None}) > 1
-
-    def _judge_references(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+    def _judge_references(self, rows: Rows) -> None:
         """No reference is left on no contact without a report that names it."""
         checker, organisation = self.checker, self.organisation
-        named = checker.reports.named
-        for ids, asks in checker.asks.items():
-            reference = rows[ids]["new_ref"] if ids in rows else None
-            if ids in rows and rows[ids]["state"] in STOPPING:
+        for ids in sorted(rows.keys() & checker.asks.keys()):
+            reference = rows[ids]["new_ref"]
+            if not (checker.asks[ids] and reference and checker.into(ids)):
+                continue
+            if rows[ids]["state"] in STOPPING:
                 continue  # it was restored, and others may have taken it since
-            if asks and reference and checker.into(ids):
-                had = any(ref == reference for _, ref in organisation.reference_times[ids[0]])
-                holder = organisation.holder(org_id_of(organisation.contacts[ids[1]]), reference)
-                is_held = holder and organisation.alive(holder)
-                if not had and reference not in named and not is_held:
-                    invariant = "no reference is left on no contact that no report names"
-                    broken(invariant, f"{reference} of {name_of(ids)}")
+            had = {ref for _, ref in organisation.reference_times[ids[0]]}
+            holder = organisation.holder(org_id_of(organisation.contacts[ids[1]]), reference)
+            is_held = holder and organisation.alive(holder)
+            if reference not in had | checker.reports.named and not is_held:
+                invariant = "no reference is left on no contact that no report names"
+                broken(invariant, f"{reference} of {name_of(ids)}")
 
-    def is_true(
-        self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]
-    ) -> bool:
+    def _is_true(self, ids: Ids, entry: Document) -> bool:
         """Return whether the reason that the last report gives for a pair is so."""
         code, group = entry["code"], self.group_of(ids)
         group |= {row.id for row in self.checker.rows if row.key == entry["email"]}
@@ -164,12 +150,10 @@ class ReasonChecker:
             return True  # a quota that makes pages wait for longer than their cursors live
         if code == "forbidden" and world.hidden_kinds and world.hidden_kinds_answer == "403":
             return True
-        reasons = self._reasons(ids, entry, resting, stuck)
+        reasons = self._reasons(ids, entry)
         return any(is_so for codes, is_so in reasons.items() if code in codes.split())
 
-    def _reasons(
-        self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]
-    ) -> Dict[str, Any]:
+    def _reasons(self, ids: Ids, entry: Document) -> dict[str, Any]:
         """Return by codes whether they are so."""
         organisation, checker = self.organisation, self.checker
         world, reference = checker.fake_devrev, entry["new_external_ref"]
@@ -181,7 +165,7 @@ class ReasonChecker:
         is_missing = len(there) < len(group)
         has_another = primary is not None and primary["external_ref"] not in (reference, None)
         stays = duplicate is not None and (checker.lies or self._is_never_merged(ids))
-        can_be_freed = self._can_be_freed(ids, reference, primary, resting)
+        can_be_freed = self._can_be_freed(ids, reference)
         # Lists show the merged duplicate for good as it was before.
         is_listed = duplicate is None and world.stays == "own-reference"
         shown = organisation.contacts.get(ids[1], {}).get("external_ref")
@@ -199,34 +183,34 @@ class ReasonChecker:
             "several_external_refs": any(one.get("external_refs") for one in there.values()),
             "unverified": self._has_unverified(ids, group),
             "reference_reverted": world.puts_back,
-            "reference_unheld": any(one and not holders(organisation, one) for one in references),
-            "external_ref_conflict": reference in stuck or not can_be_freed,
+            "reference_unheld": any(
+                one and not expected.holders(organisation, one) for one in references
+            ),
+            "external_ref_conflict": reference in self.stuck or not can_be_freed,
             "left_behind": not all(checker.belongs_to(*one, ids[0]) for one in left),
             "still_listed": is_listed and shown == own_reference(ids[1]),
             "merged_into_another": organisation.survivor(ids[1]) != ids[0],
             "backup_failed": checker.backups_lost,
             "stale": self._is_too_small(),
-            "group_incomplete": any(set(other) & group for other in resting if other != ids),
+            "group_incomplete": any(set(other) & group for other in self.resting if other != ids),
             "undo_unfinished": checker.undo.is_open(group),
             "merge_refused merge_not_confirmed forbidden api_error": is_untold or stays,
         }
 
     def _has_too_many(self, ids: Ids) -> bool:
-        email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
+        email = self._email_of(ids)
         chosen = email in self.checker.choices
         rows = [row for row in self.checker.rows if row.key == email and row.takes_part]
         spellings = {row.email for row in self.checker.rows if row.key == email}
         in_any_case = self.checker.fake_devrev.email_ignores_case
-        found = [
-            one
-            for one in self.organisation.contacts.values()
-            if takes_part(one["external_ref"])
-            and (one.get("email") in spellings or in_any_case)
-            and email_key(str(one.get("email"))) == email
-        ]
-        return chosen or len(found) > min(len(rows), most_contacts(email) if email else 0)
+        found = 0
+        for one in self.organisation.contacts.values():
+            is_listed = in_any_case or one.get("email") in spellings
+            is_mine = is_listed and email_key(str(one.get("email"))) == email
+            found += is_mine and expected.takes_part(one["external_ref"])
+        return chosen or found > min(len(rows), expected.most_contacts(email) if email else 0)
 
-    def _has_unverified(self, ids: Ids, group: Set[str]) -> bool:
+    def _has_unverified(self, ids: Ids, group: set[str]) -> bool:
         """Whether of some pair of the group one is not verified and the other is, or may be for all
         that is shown, or a reference has to move from one that is not verified."""
         for duplicate in group - {ids[0]}:
@@ -263,34 +247,33 @@ class ReasonChecker:
         is_listed = world.stays not in ("", "no-email", "bare")
         if world.stays == "no-email":  # it is still listed for its reference
             is_listed = not self.objects_tell(ids, self.checker.latest[ids])
-        known = [row for one in self.checker.known[ids] for row in (one.primary, one.duplicate)]
         email = email_key(str(self.organisation.contacts.get(ids[0], {}).get("email")))
-        is_apart = email not in {row.key for row in known}
+        is_apart = email not in {one.primary.key for one in self.checker.known[ids]}
         return odd and (is_listed or is_apart or self.checker.leaves_behind(ids))
 
     def _is_too_small(self) -> bool:
         """Return whether the quota lets too little through for lists to be fresh at their merge."""
         quota, world = self.checker.fake_devrev.quota, self.checker.fake_devrev
         works, largest = self.organisation.works, world.largest_page or 100
-        contacts = {one for pair in (*self.checker.plan, *self.checker.asks) for one in pair}
+        contacts = set(itertools.chain(*self.checker.plan, *self.checker.asks))
         pages = sum(len(works.find([("anyone", [one])])) // largest for one in contacts)
         apart = 40 if world.max_ids else 0  # where a list has to be read contact by contact
         apart += 40 if world.empty_pages or world.trailing_page else 0
         return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
 
-    def group_of(self, ids: Ids) -> Set[str]:
-        pairs = (*self.checker.plan, *self.checker.asks)
-        return {one for pair in pairs if pair[0] == ids[0] for one in pair} | set(ids)
+    def group_of(self, ids: Ids) -> set[str]:
+        found = set(ids)
+        for pair in (*self.checker.plan, *self.checker.asks):
+            if pair[0] == ids[0]:
+                found |= set(pair)
+        return found
 
-    def _can_be_freed(
-        self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]
-    ) -> bool:
+    def _can_be_freed(self, ids: Ids, reference: str) -> bool:
         """Return whether exporting and running again would have given the reference to the primary;
         not where its holder can't be merged, for a reason of its own."""
-        if primary is None or primary["state"] != "active":
+        primary = self.organisation.contacts.get(ids[0])
+        if not self.organisation.alive(ids[0]) or primary["state"] != "active":
             return False
         holder = self.organisation.holder(org_id_of(primary), reference)
-        pairs = [(holder, ids[0]), (ids[0], holder)]
-        return holder is None or any(
-            one in self.checker.plan and one not in resting for one in pairs
-        )
+        pairs = self.checker.plan.keys() - self.resting.keys()
+        return holder is None or not pairs.isdisjoint([(holder, ids[0]), (ids[0], holder)])

@@ -1,25 +1,18 @@
 """The invariants of merge reports: each ended pair in exactly one, sums that add up, no untruth."""
 
+from __future__ import annotations
+
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, DefaultDict, Dict, Iterator, List, Mapping, Optional, Set
+from typing import Any
 
-from tests.simulation.expected import (
-    COPY,
-    ENDED,
-    MAIN,
-    UNFINISHED,
-    Ids,
-    StoredFile,
-    name_of,
-    read_file,
-)
-from tests.simulation.world import broken
+from tests.simulation import expected
+from tests.simulation.expected import ENDED, UNFINISHED, Document, Ids, Rows, StoredFile, pairs_in
+from tests.simulation.world import broken, name_of
 
 ONCE = "each ended pair is in exactly one report, that of the run in which it ended"
 TRUE = "savepoint and reports say what is true"
-SUMS = "the sums of a report"
 CODE = "the exit code says how it went"
 
 
@@ -28,34 +21,23 @@ class ReportChecker:
 
     def __init__(self, checker: Any) -> None:
         self.checker = checker
-        self.reports: Dict[str, Any] = {}  # by file name
-        self.named: Set[str] = set()  # references of pairs that are not done, in any report
-        self.reopened: Set[Ids] = set()  # ended pairs of which neither file knows the end any more
-        self.lost: Set[str] = set()  # reports that were deleted, or moved away
-        self.owed: Set[str] = set()  # reports of runs that were killed, or could not write them
-        self.forgotten: Set[Ids] = set()  # pairs whose report was lost
-        self.last_name, self.last_code = "", None
+        self.reports: dict[str, Any] = {}  # by file name
+        self.named: set[str] = set()  # references of pairs that are not done, in any report
+        self.reopened: set[Ids] = set()  # ended pairs of which neither file knows the end any more
+        self.lost: set[str] = set()  # reports that were deleted, or moved away
+        self.owed: set[str] = set()  # reports of runs that were killed, or could not write them
+        self.forgotten: set[Ids] = set()  # pairs whose report was lost
+        self.last: Document = {}  # the last report of a run over an export
+        self.last_code: int | None = None
 
-    @property
-    def last(self) -> Mapping[str, Any]:
-        """The last report of a run over an export."""
-        found: Mapping[str, Any] = self.reports.get(self.last_name, {})
-        return found
-
-    def after_run(
-        self,
-        rows: Mapping[Ids, Mapping[str, Any]],
-        mine: Optional[Path],
-        code: Optional[int],
-        needed: bool,
-    ) -> None:
+    def after_run(self, rows: Rows, mine: Path | None, code: int | None, needed: bool) -> None:
         """Judge the reports after a run. `mine` is the run's own, None for an undo."""
-        self.owed.update([mine.name] if mine else [])
-        there = {path.name: path for path in sorted(Path("reports").glob("merge_report_*.json"))}
-        for name, path in there.items():
-            if name not in self.reports:
-                self._read(name, path, is_mine=mine is not None and path.name == mine.name)
-        where: DefaultDict[Ids, List[str]] = defaultdict(list)
+        mine_name = mine.name if mine else ""
+        self.owed.add(mine_name)
+        for path in sorted(Path("reports").glob("merge_report_*.json")):
+            if path.name not in self.reports:
+                self._read(path, is_mine=path.name == mine_name)
+        where: defaultdict[Ids, list[str]] = defaultdict(list)
         for name, report in self.reports.items():
             for entry in ended_entries(report):
                 where[ids_of(entry)].append(name)
@@ -64,47 +46,37 @@ class ReportChecker:
                 broken(ONCE, f"{name_of(ids)} is in {', '.join(names)}")
         if mine is None or not needed:
             return
-        read_report(mine)
-        for ids, row in rows.items():
-            if row["state"] in ENDED and ids not in self.forgotten:
-                self._judge_place(ids, row, where[ids])
-        report = self.reports[mine.name]
-        listed = {ids_of(entry) for entry in report["unfinished_merges"]}
-        for ids, row in rows.items():
-            if row["state"] in UNFINISHED and ids not in listed:
-                broken(TRUE, f"{name_of(ids)} is unfinished, and not reported")
+        report = read_report(mine)
+        for ids in sorted(pairs_in(rows, ENDED) - self.forgotten - self.reopened):
+            # A merge that could not be undone stands as it was, in the report of old.
+            undone_in_vain = ids in self.checker.undo.begun and len(where[ids]) == 1
+            if where[ids] != [f"merge_report_{rows[ids]['run']}.json"] and not undone_in_vain:
+                broken(ONCE, f"{name_of(ids)} became {rows[ids]['state']}, and is in {where[ids]}")
+        for ids in pairs_in(rows, UNFINISHED) - set(map(ids_of, report["unfinished_merges"])):
+            broken(TRUE, f"{name_of(ids)} is unfinished, and not reported")
         self._judge_code(report, rows, code)
         if self.checker.options.csv:
-            self.last_name, self.last_code = mine.name, code
+            self.last, self.last_code = report, code
 
-    def _judge_place(self, ids: Ids, row: Mapping[str, Any], names: List[str]) -> None:
-        # A merge that could not be undone stands as it was, in the report of old.
-        if ids in self.reopened:
-            return
-        undone_in_vain = ids in self.checker.undo.begun and len(names) == 1
-        if names != [f"merge_report_{row['run']}.json"] and not undone_in_vain:
-            broken(ONCE, f"{name_of(ids)} became {row['state']}, and is in {names}")
-
-    def _judge_code(
-        self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]
-    ) -> None:
+    def _judge_code(self, report: Document, rows: Rows, code: int | None) -> None:
         settled = self.checker.options.settle
         if settled:
-            left = [row["email"] for row in rows.values() if row["state"] in UNFINISHED]
-            if code == 0 and not set(settled).isdisjoint(left):
+            left = {rows[ids]["email"] for ids in pairs_in(rows, UNFINISHED)}
+            if code == 0 and not left.isdisjoint(settled):
                 broken(CODE, f"0, and not all of {', '.join(settled)} has ended")
             return
         after_cancel = [entry for entry in report["successful_merges"] if entry.get("after_cancel")]
         judge_code(code, *report["failed_merges"], *report["unfinished_merges"], *after_cancel)
 
-    def _read(self, name: str, path: Path, is_mine: bool) -> None:
-        if name in self.lost:
-            broken("a report that was deleted is not written again", name)
-        report = self.reports[name] = read_report(path)
+    def _read(self, path: Path, is_mine: bool) -> None:
+        if path.name in self.lost:
+            broken("a report that was deleted is not written again", path.name)
+        report = self.reports[path.name] = read_report(path)
         if is_mine:
-            self._judge_sums(name, report)
-        elif name not in self.owed:
-            broken(TRUE, f"{name} is neither of this run nor of one that was killed")
+            self._judge_sums(report)
+            self._judge_failed(report)
+        elif path.name not in self.owed:
+            broken(TRUE, f"{path.name} is neither of this run nor of one that was killed")
         for title in ("failed_merges", "unfinished_merges", "settled", "cancelled"):
             for entry in report.get(title) or ():
                 names = entry.get("new_external_ref"), entry.get("reference_not_set")
@@ -112,15 +84,16 @@ class ReportChecker:
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
                 self.checker.judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
-        undo = self.checker.undo
-        for entry in report["failed_merges"] if is_mine else ():
+
+    def _judge_failed(self, report: Document) -> None:
+        for entry in report["failed_merges"]:
             ids = ids_of(entry)
-            refused = entry["code"] == "undo_unfinished" and ids in undo.open()
+            refused = entry["code"] == "undo_unfinished" and ids in self.checker.undo.open()
             ended = entry["state"] in ("merged_elsewhere", "cancelled")
             if self.checker.asks[ids] and not ended and not refused:
-                broken(TRUE, f"{name}: {name_of(ids)} is called failed, and was requested")
+                broken(TRUE, f"{name_of(ids)} is called failed, and was requested")
 
-    def _judge_sums(self, name: str, report: Mapping[str, Any]) -> None:
+    def _judge_sums(self, report: Document) -> None:
         summary = report["summary"]
         if not self.checker.options.csv:
             return
@@ -130,24 +103,24 @@ class ReportChecker:
         left_out = sum(one["code"] == "different_rev_org" for one in report["skipped"])
         planned = len(self.checker.plan) - left_out
         if summary["pairs_planned"] != total or summary["left"] < 0 or total != planned:
-            broken(SUMS, f"{name}: {planned} pairs are planned, it says {summary}")
+            broken("the sums of a report", f"{planned} pairs are planned, it says {summary}")
 
     @staticmethod
-    def on_disk() -> List[str]:
+    def on_disk() -> list[str]:
         return [path.name for path in sorted(Path("reports").glob("*_report_*.json"))]
 
-    def put_back(self, file: Optional[StoredFile]) -> None:
+    def put_back(self, file: StoredFile | None) -> None:
         """An older file may know a run, and not that its report was written."""
-        for run, document in file.runs.items() if file else ():
+        runs = file.runs if file else {}
+        for run, document in runs.items():
             if not document["reported"]:
                 self.lost -= {f"merge_report_{run}.json", f"undo_report_{run}.json"}
                 self.owed.add(f"merge_report_{run}.json")
 
-    def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
+    def standing(self, rows: Rows) -> str:
         """Return how things stand after a run: where two runs leave the same, and neither has
         requested anything, a third one does nothing new."""
-        parts = [self.last.get(one) for one in ("failed_merges", "unfinished_merges")]
-        entries = [one for part in parts for one in part or ()]
+        entries = [*self.last.get("failed_merges", ()), *self.last.get("unfinished_merges", ())]
         resting = sorted([ids_of(one), one["state"], one["code"]] for one in entries)
         organisation = self.checker.organisation
         asks = sum(map(len, self.checker.asks.values())), len(organisation.merges)
@@ -159,8 +132,7 @@ class ReportChecker:
     @staticmethod
     def _is_owed(name: str) -> bool:
         """Whether a file knows the run of a report, and not that its report was written."""
-        run = name.rpartition(".")[0].partition("_report_")[2]
-        runs = [file.runs.get(run) for file in map(read_file, (MAIN, COPY)) if file]
+        runs = [file.runs.get(expected.run_of(name)) for file in expected.read_files() if file]
         return any(one is not None and not one["reported"] for one in runs)
 
     def lose(self, name: str) -> None:
@@ -171,8 +143,8 @@ class ReportChecker:
                     one.unlink()
             if not self._is_owed(path.name):  # killed before it noted that the report was written
                 self.lost.add(path.name)
-            entries = ended_entries(self.reports.pop(path.name, {}))
-            self.forgotten.update(map(ids_of, entries))
+            if path.name in self.reports:
+                self.forgotten.update(map(ids_of, ended_entries(self.reports.pop(path.name))))
 
 
 def read_report(path: Path) -> Any:
@@ -189,18 +161,15 @@ def read_report(path: Path) -> Any:
     return report
 
 
-def judge_code(code: Optional[int], *bad: Any) -> None:
+def judge_code(code: int | None, *bad: Any) -> None:
     if code in (0, 1) and (code == 0) != (not bad):
         broken(CODE, f"{code}, and {len(bad)} failed, unfinished or done after a cancel")
 
 
-def ended_entries(report: Mapping[str, Any]) -> Iterator[Any]:
-    yield from report.get("successful_merges") or ()
-    yield from report.get("settled") or ()
-    for entry in report.get("failed_merges") or ():
-        if entry["state"] == "merged_elsewhere":
-            yield entry
+def ended_entries(report: Document) -> list[Document]:
+    elsewhere = [one for one in report["failed_merges"] if one["state"] == "merged_elsewhere"]
+    return [*report["successful_merges"], *(report.get("settled") or ()), *elsewhere]
 
 
-def ids_of(entry: Mapping[str, Any]) -> Ids:
+def ids_of(entry: Document) -> Ids:
     return entry["primary"]["id"], entry["duplicate"]["id"]

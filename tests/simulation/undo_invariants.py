@@ -1,27 +1,18 @@
 """The invariants of `--undo`, held against what is true in tests.fake.organisation."""
 
+from __future__ import annotations
+
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, DefaultDict, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, NamedTuple, Set
 
-from tests.fake.organisation import USER_LISTS, Table, Thing, kind_of, own_reference
+from tests.fake.organisation import USER_LISTS, kind_of, own_reference
 from tests.fake.trouble import Request
-from tests.simulation.expected import (
-    COPY,
-    MAIN,
-    Ids,
-    email_key,
-    entries_of,
-    held,
-    holders,
-    in_backup,
-    name_of,
-    table_of,
-    versions,
-)
+from tests.simulation import expected
+from tests.simulation.expected import Document, Ids, Rows, email_key, entries_of, held, versions
 from tests.simulation.report_invariants import ids_of, judge_code, read_report
-from tests.simulation.world import Sent, broken, short
+from tests.simulation.world import Sent, broken, name_of, short
 
 OF_OBJECTS = ("works.update", "conversations.update")
 WRITES = ("rev-users.create", "rev-users.update", "rev-users.merge", *OF_OBJECTS)
@@ -34,19 +25,26 @@ LOST = "nobody's edit is lost but within one round trip"
 DURABLE = "a step of an undo is in both files before its request leaves"
 
 
+People = Dict[str, Set[str]]  # by role
+
+
 class Created(NamedTuple):
     """A contact that an undo has created."""
 
     id: str
     email: str
-    reference: Optional[str]
+    reference: str | None
     at: float
 
 
-def record_of(backup: str, contact: str) -> Any:
-    """Return what a backup has of the contact itself."""
-    folder = entries_of(backup)[contact]["folder"]
-    return json.loads((Path(backup) / folder / "contact.json").read_bytes())
+def record_of(row: Document) -> Document:
+    """Return what a pair's backup has of the duplicate itself; nothing where it is not there."""
+    entries = entries_of(row["backup"])
+    if not entries:
+        return {}
+    folder = Path(row["backup"]) / entries[row["duplicate_id"]]["folder"]
+    found: Document = json.loads((folder / "contact.json").read_bytes())
+    return found
 
 
 class UndoChecker:
@@ -56,46 +54,44 @@ class UndoChecker:
         self.checker = checker
         self.organisation = checker.organisation
         self.active = self.preview = False  # of the run in progress
-        self.created: List[Created] = []
+        self.created: list[Created] = []
         self.began = 0.0
-        self.begun: Set[Ids] = set()  # pairs whose undo has begun at any time
-        # An object before the write that is being carried out:
-        self.was: Dict[str, Dict[str, List[str]]] = {}
-        self.contacts_before: Set[str] = set()
-        self.true: Set[Ids] = set()  # undone pairs that were judged
-        self.reports: Dict[str, Any] = {}
-        self.in_flight: List[Sent] = []  # writes of this run without an answer
-        self.rests_on: DefaultDict[str, List[float]] = defaultdict(list)  # the reads before writes
+        self.begun: set[Ids] = set()  # pairs whose undo has begun at any time
+        self.was: dict[str, People] = {}  # objects before the write that is being carried out
+        self.contacts_before: set[str] = set()
+        self.true: set[Ids] = set()  # undone pairs that were judged
+        self.reports: dict[str, Any] = {}
+        self.in_flight: list[Sent] = []  # writes of this run without an answer
+        self.rests_on: defaultdict[str, list[float]] = defaultdict(list)  # the reads before writes
 
     def begin(self, options: Any) -> None:
         self.active, self.preview = bool(options.undo), bool(options.undo and options.preview)
         self.began, self.in_flight = self.checker.clock.now, []
 
-    def wrote(self, ids: Ids, row: Mapping[str, Any]) -> None:
+    def wrote(self, ids: Ids, row: Document) -> None:
         if row["state"] in ("undoing", "undone", "undo_settled"):
             self.begun.add(ids)
 
-    def forget(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+    def forget(self, rows: Rows) -> None:
         """Forget the undos that neither file knows any more."""
         known = {ids for ids, row in rows.items() if row["undo"]}  # also one in vain
         self.begun &= known
         self.true &= known
 
-    def open(self) -> Set[Ids]:
+    def open(self) -> set[Ids]:
         """Return the pairs whose undo has begun and is not finished."""
-        return {ids for ids, row in self.checker.latest.items() if row["state"] == "undoing"}
+        return expected.pairs_in(self.checker.latest, ["undoing"])
 
-    def is_open(self, contacts: Set[str]) -> bool:
+    def is_open(self, contacts: set[str]) -> bool:
         return any(set(ids) & contacts for ids in self.open())
 
     def stand_in(self, contact: str) -> str:
         """Return the contact that undos have created in place of one, or the contact itself."""
         created = {}
-        rows = sorted(self.checker.latest.items(), key=lambda one: one[1]["revision"])
-        for (_, duplicate), row in rows:
+        for row in sorted(self.checker.latest.values(), key=lambda row: row["revision"]):
             is_begun = row["state"] in ("undoing", "undone", "undo_settled")
             if is_begun and row["undo"] and row["undo"]["contact"]:
-                created[duplicate] = row["undo"]["contact"]
+                created[row["duplicate_id"]] = row["undo"]["contact"]
         seen = set()
         while contact in created and contact not in seen:
             seen.add(contact)
@@ -111,7 +107,7 @@ class UndoChecker:
     def lacks_reference(self, ids: Ids) -> bool:
         """Whether an undo has left its reference on no contact, and has to be finished."""
         row = self.checker.latest[ids]
-        is_held = row["new_ref"] and holders(self.organisation, row["new_ref"])
+        is_held = row["new_ref"] and expected.holders(self.organisation, row["new_ref"])
         return row["state"] == "undoing" and not is_held
 
     def asked(self, sent: Sent) -> None:
@@ -141,9 +137,11 @@ class UndoChecker:
             if set(other) & set(ids):
                 broken("a merge run refuses a group whose undo is not finished", name_of(ids))
 
-    def _saved(self, ids: Ids) -> List[Mapping[str, Any]]:
+    def _saved(self, ids: Ids) -> list[Document]:
         """Return the undo of a pair as each of the two files has it."""
-        rows = (self.checker.committed[path.name].get(ids) for path in (MAIN, COPY))
+        rows = (
+            self.checker.committed[path.name].get(ids) for path in (expected.MAIN, expected.COPY)
+        )
         return [row["undo"] for row in rows if row and row["state"] == "undoing"]
 
     def _judge_create(self, sent: Sent) -> None:
@@ -163,13 +161,10 @@ class UndoChecker:
             if exists and references == {None} and seen:
                 broken(TWO, f"{short(one.id)} exists already, with {email}")
 
-    def _emails(self, ids: Ids) -> Set[str]:
+    def _emails(self, ids: Ids) -> set[str]:
         """Return the emails that the duplicate of a pair had, by its backup and its row."""
         row = self.checker.latest[ids]
-        found = {email_key(row["email"])}
-        if entries_of(row["backup"]):
-            found.add(email_key(str(record_of(row["backup"], ids[1]).get("email"))))
-        return found
+        return {email_key(row["email"]), email_key(str(record_of(row).get("email")))}
 
     def _may_create(self, ids: Ids) -> bool:
         """Return whether both files know who was there before; one is enough to finish it."""
@@ -185,16 +180,16 @@ class UndoChecker:
         self._judge_fields(sent, mine)
         if "external_ref" not in sent.body:
             return
-        known = [one for ids in mine for one in self.checker.known[ids]]
-        allowed = {row.ref for one in known for row in (one.primary, one.duplicate)}
-        allowed |= set(map(own_reference, (primary, *(ids[0] for ids in mine))))
+        allowed = {own_reference(primary)}
+        for ids in mine:
+            allowed |= {own_reference(ids[0]), *self._references(ids)}
         been = self.checker.lately(primary)
         if not any(one and one.get("external_ref") in {None, *allowed} for one in been):
             broken(LOST, f"the reference of {short(primary)} becomes {sent.body['external_ref']}")
         if sent.body["external_ref"] not in allowed:
             broken("an undo restores references", f"{sent.body['external_ref']} is new")
 
-    def _judge_fields(self, sent: Sent, mine: List[Ids]) -> None:
+    def _judge_fields(self, sent: Sent, mine: list[Ids]) -> None:
         """An undo takes back what the merge has added, and nothing that others have set since."""
         primary = sent.body["id"]
         been = self.checker.lately(primary)
@@ -202,8 +197,7 @@ class UndoChecker:
         for field in set(sent.body) - {"id", "external_ref"}:
             if field == "phone_numbers":
                 added = {number for one in carried for number in one.get(field, ())}
-                there = [set((one or {}).get(field, ())) for one in been]
-                is_lost = not set.intersection(*there) - set(sent.body[field]) <= added
+                is_lost = not expected.kept_numbers(been) - set(sent.body[field]) <= added
             else:
                 written = [one.get(field) for one in carried]
                 is_lost = not any(one and one.get(field) in written for one in been)
@@ -212,69 +206,66 @@ class UndoChecker:
 
     def heard(self, stage: str, request: Request) -> None:
         """DevRev carries a request out: `before` and `after`."""
-        if request.endpoint == "rev-users.create":
-            if stage == "before":
-                self.contacts_before = set(self.organisation.contacts)
-            new = set(self.organisation.contacts) - self.contacts_before
-            for one in new if stage == "after" else ():
-                email, reference = str(request.body.get("email")), request.body.get("external_ref")
+        contacts, body = self.organisation.contacts, request.body
+        if request.endpoint == "rev-users.create" and stage == "before":
+            self.contacts_before = set(contacts)
+        elif request.endpoint == "rev-users.create":
+            for one in contacts.keys() - self.contacts_before:
+                email, reference = str(body.get("email")), body.get("external_ref")
                 self.created.append(Created(one, email, reference, self.organisation.now()))
         elif request.endpoint in OF_OBJECTS:
-            table = table_of(self.organisation, request.body["id"])
-            thing = table.get(request.body["id"])
-            now = {role: [one["id"] for one in (thing or {}).get(role, ())] for role in USER_LISTS}
+            thing = expected.now_of(self.organisation, body["id"])
+            now = {role: {one["id"] for one in (thing or {}).get(role, ())} for role in USER_LISTS}
             if stage == "before":
-                self.was[request.body["id"]] = now
-            elif thing is not None and self.was.get(request.body["id"]) not in (None, now):
-                self._judge_write(table, thing, self.was[request.body["id"]], now)
+                self.was[body["id"]] = now
+            elif thing is not None and self.was.get(body["id"]) not in (None, now):
+                self._judge_write(body["id"], self.was[body["id"]], now)
 
-    def _own(self, primary: str) -> Set[Tuple[str, str]]:
+    def _own(self, primary: str) -> set[tuple[str, str]]:
         """Return what a primary had before its first merge, by the backup that this rests on."""
-        known = self.checker.backups.items()
-        backups = [one for ids, found in known if ids[0] == primary for one in found]
-        first = min(backups, key=lambda backup: Path(backup).name, default=None)
-        entries = entries_of(first)
-        return set(in_backup(entries[primary])) if entries else set()
+        backups: list[str] = []
+        for ids, found in self.checker.backups.items():
+            backups += found if ids[0] == primary else []
+        entries = entries_of(min(backups, key=lambda backup: Path(backup).name, default=None))
+        return set(expected.in_backup(entries[primary])) if entries else set()
 
-    def contacts_of(self, groups: Set[str]) -> Set[str]:
+    def contacts_of(self, groups: set[str]) -> set[str]:
         """Return whom undos have created, and who came since with a reference of a duplicate."""
-        known = self.checker.known.items()
-        references = {
-            one.duplicate.ref for ids, known in known if ids[1] in groups for one in known
-        }
-        came = {
-            one
-            for one, times in self.organisation.reference_times.items()
-            if one not in groups and any(ref in references for _, ref in times)
-        }
-        return came.union(one.id for one in self.created)
+        references = set()
+        for ids, known in self.checker.known.items():
+            if ids[1] in groups:
+                references |= {one.duplicate.ref for one in known}
+        found = {one.id for one in self.created}
+        for one, times in self.organisation.reference_times.items():
+            if one not in groups and any(ref in references for _, ref in times):
+                found.add(one)
+        return found
 
-    def _judge_write(
-        self, table: Table, thing: Thing, was: Dict[str, List[str]], now: Dict[str, List[str]]
-    ) -> None:
+    def _judge_write(self, identity: str, was: People, now: People) -> None:
         groups = {one for ids in self.begun for one in ids}
         mine = self.contacts_of(groups)
-        groups |= {self.stand_in(one) for one in groups}
-        now_is = self.checker.clock.now
-        since = min(self.rests_on[thing["id"]], default=now_is - OLDEST - TRAVEL) - 0.001
-        lately = now_is - OLDEST - TRAVEL - self.checker.lag
+        groups |= set(map(self.stand_in, groups))
+        primaries = {ids[0] for ids in self.open()}
+        oldest = self.checker.clock.now - OLDEST - TRAVEL
+        since = min(self.rests_on[identity], default=oldest) - 0.001
+        before = versions(self.organisation, identity, since)[1:]
+        lately = versions(self.organisation, identity, oldest - self.checker.lag)[1:]
         for role in USER_LISTS:
+            what = f"{role} of {short(identity)}"
+            gone, new = was[role] - now[role], now[role] - was[role]
             if was[role] and not now[role]:
-                broken("owned_by is never emptied", f"{role} of {short(thing['id'])}")
-            for person in {*was[role]} - {*now[role]} - groups - mine:
-                if all(held(one, role, person) for one in versions(table, thing["id"], since)[1:]):
-                    broken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
-            for primary in {ids[0] for ids in self.open()} & ({*was[role]} - {*now[role]}):
-                if (thing["id"], role) in self._own(primary):
-                    broken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
-            for person in {*now[role]} - {*was[role]} - mine:
-                been = versions(table, thing["id"], lately)[1:]
-                if not any(held(one, role, person) for one in been):
-                    broken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
+                broken("owned_by is never emptied", what)
+            for person in gone - groups - mine:
+                if all(held(one, role, person) for one in before):
+                    broken(STAYS, f"{short(person)} leaves {what}")
+            for primary in gone & primaries:
+                if (identity, role) in self._own(primary):
+                    broken(STAYS, f"{short(primary)} leaves its own {what}")
+            for person in new - mine:
+                if not any(held(one, role, person) for one in lately):
+                    broken(STAYS, f"{short(person)} gets {what}")
 
-    def after_run(
-        self, rows: Mapping[Ids, Mapping[str, Any]], path: Path, code: Optional[int], needed: bool
-    ) -> None:
+    def after_run(self, rows: Rows, path: Path, code: int | None, needed: bool) -> None:
         for ids, row in rows.items():
             if row["state"] == "undone" and ids not in self.true:
                 self.true.add(ids)
@@ -282,23 +273,23 @@ class UndoChecker:
         if not self.active or self.preview or not needed:
             return
         report = self.reports[path.name] = read_report(path)
-        self._judge_interrupted(rows)
+        self._judge_interrupted()
         for state, title in (("undone", "undone"), ("undoing", "unfinished")):
             for ids in map(ids_of, report[title]):
                 if ids in rows and rows[ids]["state"] != state:
                     broken("a report says what is true", f"{name_of(ids)} is not {state}")
         judge_code(code, *report["failed"], *report["unfinished"])
 
-    def _judge_interrupted(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+    def _judge_interrupted(self) -> None:
         """An interruption leaves no reference on no contact, where the network is undisturbed."""
         if not self.checker.stopped or self.checker.slowest() is None or self.checker.full_now:
             return
         for ids in self.open():
             for one in self.checker.known[ids]:
-                if one.new_ref and not holders(self.organisation, one.duplicate.ref):
+                if one.new_ref and not expected.holders(self.organisation, one.duplicate.ref):
                     broken("an interruption leaves no reference on no contact", one.new_ref)
 
-    def _judge_undone(self, ids: Ids, row: Mapping[str, Any]) -> None:
+    def _judge_undone(self, ids: Ids, row: Document) -> None:
         undo = row["undo"]
         contact = undo["contact"]
         if contact in ids or contact not in self.contacts_of(set(ids)):
@@ -306,18 +297,19 @@ class UndoChecker:
         entries = entries_of(row["backup"])
         if not entries:
             return
-        reference = record_of(row["backup"], ids[1])["external_ref"]
+        reference = record_of(row)["external_ref"]
         had = [one for _, one in self.organisation.reference_times[contact]]
         if reference not in had and "external_ref" not in undo["left_out"]:
             broken(TRUE, f"{short(contact)} never had the reference {reference}")
         left = {(item["id"], item["role"]) for item in undo["left"]}
-        for identity, role in in_backup(entries[ids[1]]):
-            been = versions(table_of(self.organisation, identity), identity, self.began)
+        for identity, role in expected.in_backup(entries[ids[1]]):
+            been = versions(self.organisation, identity, self.began)
             if self.checker.lies or any(held(one, role, contact) for one in been):
                 continue
-            primaries = (self.stand_in(ids[0]), ids[0])
-            still = any(all(held(one, role, who) for one in been) for who in primaries)
-            if (identity, role) not in left or (still and self._may_be_written(identity)):
+            stays = False  # with the primary, or who stands in for it
+            for primary in (self.stand_in(ids[0]), ids[0]):
+                stays |= all(held(one, role, primary) for one in been)
+            if (identity, role) not in left or (stays and self._may_be_written(identity)):
                 broken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
 
     def _may_be_written(self, identity: str) -> bool:
@@ -326,12 +318,12 @@ class UndoChecker:
         hidden = (*world.restricted, *world.restricted_writes)
         return kind_of(identity) in ("ticket", "issue", "conversation") and identity not in hidden
 
-    def after_life(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
-        named: DefaultDict[str, List[str]] = defaultdict(list)  # reference -> codes
-        last: Dict[Ids, Any] = {}
+    def after_life(self, rows: Rows) -> None:
+        named = set()  # references
+        last: dict[Ids, Document] = {}  # entries of reports
         for report in self.reports.values():
             for entry in (*report["failed"], *report["unfinished"]):
-                named[entry["duplicate"]["old_external_ref"]].append(entry["code"])
+                named.add(entry["duplicate"]["old_external_ref"])
                 last[ids_of(entry)] = entry
         for ids in self.begun:
             state = rows[ids]["state"] if ids in rows else "nothing"
@@ -339,17 +331,26 @@ class UndoChecker:
                 why = f"{last[ids]['code']}: {last[ids]['error']}" if ids in last else "unnamed"
                 what = f"{short(ids[1])} is undoing: {why}"
                 broken("an undo is finished by the same command", what)
-            times = self.organisation.reference_times
+            had = set()  # references that others had, or the primary since
+            for contact, times in self.organisation.reference_times.items():
+                if contact not in ids:
+                    had |= {reference for _, reference in times}
+                elif contact == ids[0] and state != "undone":
+                    had |= {reference for _, reference in times[1:]}
             for one in self.checker.known[ids]:
                 reference = one.duplicate.ref
-                later = [times[ids[0]][1:]] if state != "undone" else []
-                later += [times[contact] for contact in times if contact not in ids]
-                ever = any(ref == reference for moves in later for _, ref in moves)
-                if reference.startswith("user_") and not named[reference] and not ever:
+                if reference.startswith("user_") and reference not in named | had:
                     invariant = "no reference is left on no contact that no report names"
                     broken(invariant, f"{reference}, after an undo")
 
-    def _is_true(self, ids: Ids, entry: Mapping[str, Any]) -> bool:
+    def _references(self, ids: Ids) -> set[str]:
+        """Return the references that the two contacts of a pair had in exports."""
+        found = set()
+        for one in self.checker.known[ids]:
+            found |= {one.primary.ref, one.duplicate.ref}
+        return found
+
+    def _is_true(self, ids: Ids, entry: Document) -> bool:
         """Return whether the reason for which an undo can't be finished is so."""
         organisation, code = self.organisation, entry["code"]
         identity = self.stand_in(ids[0])
@@ -362,20 +363,16 @@ class UndoChecker:
         if code == "not_active":
             return primary is None or primary["state"] != "active"
         if code == "external_ref_changed":
-            known = self.checker.known[ids]
-            refs = {row.ref for one in known for row in (one.primary, one.duplicate)}
-            return primary is not None and primary["external_ref"] not in refs
+            return primary is not None and primary["external_ref"] not in self._references(ids)
         if code == "email_changed":
             return primary is not None and email_key(primary["email"]) != entry["email"]
         world = self.checker.fake_devrev
         if code == "stale":  # a read and the write that rests on it do not fit into a window
             return world.quota is not None and world.quota.limit < 2
-        if code in ("external_ref_conflict", "contact_refused", "contact_not_confirmed") or (
-            code == "forbidden" and world.refused_fields
-        ):
+        refused = ("external_ref_conflict", "contact_refused", "contact_not_confirmed")
+        if code in refused or (code == "forbidden" and world.refused_fields):
             # A group is refused as a whole, for any of its references, or for an email used twice.
-            group = {pair: one for pair, one in self.checker.known.items() if pair[0] == ids[0]}
-            refs = {one.duplicate.ref for known in group.values() for one in known}
+            refs = {one.duplicate.ref for one in self.checker.known_of(ids[0])}
             found = organisation.contacts.find([("external_ref", sorted({reference, *refs}))])
             return bool(
                 not organisation.stuck_references.isdisjoint(refs)
@@ -386,10 +383,12 @@ class UndoChecker:
             )
         if code == "not_restored":
             objects = [item["id"] for item in entry["left"]]
-            things = [table_of(organisation, one).get(one) or {} for one in objects]
-            people = [
-                one["id"] for thing in things for role in USER_LISTS for one in thing.get(role, ())
-            ]
+            people: list[str] = []
+            for one in objects:
+                people += [
+                    who["id"]
+                    for who in expected.people_of(expected.now_of(organisation, one), USER_LISTS)
+                ]
             is_gone = any(":revu/" in one and not organisation.alive(one) for one in people)
             return is_gone or not all(map(self._may_be_written, objects))
         return code in ("forbidden", "api_error") and bool(

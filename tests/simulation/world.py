@@ -5,6 +5,8 @@ that it takes outside its own memory, and in the middle of a durable write; what
 arrives all the same.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import email.utils
@@ -18,18 +20,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Tuple,
-)
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 from requests.structures import CaseInsensitiveDict as Headers
 
@@ -62,7 +53,7 @@ def broken(invariant: str, what: str) -> None:
         raise InvariantBroken(invariant, what)
 
 
-def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -> types.ModuleType:
+def load(source: str | None = None, name: str = "merge_contacts_simulated") -> types.ModuleType:
     """Load the module under a name of its own, from another source if one is given (a mutant)."""
     spec = importlib.util.spec_from_loader(name, loader=None)
     module = importlib.util.module_from_spec(spec)
@@ -81,7 +72,7 @@ class Clock:
         self.now = 0.0  # true seconds
         self.slept = 0.0
         self.set_by = 0.0
-        self.fake_devrev: Optional[World] = None
+        self.fake_devrev: World | None = None
         self.last_progress = 0.0
 
     @property
@@ -92,14 +83,14 @@ class Clock:
     def wall(self) -> float:
         return EPOCH + self.now + self.set_by
 
-    def next_due(self) -> Optional[float]:
+    def next_due(self) -> float | None:
         return self.fake_devrev.next_due() if self.fake_devrev else None
 
     def advance(self, seconds: float) -> None:
         """Let time pass, and DevRev do what is due meanwhile, each thing at its moment."""
         end = self.now + seconds
         while self.fake_devrev:
-            due = self.fake_devrev.next_due()
+            due = self.next_due()
             if due is None or due > end:
                 break
             self.now = max(self.now, due)
@@ -130,21 +121,20 @@ class Loop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.clock.steady
 
-    def select(self, timeout: Optional[float]) -> List[Any]:
+    def select(self, timeout: float | None) -> list[Any]:
         """Wait, as a selector does. There is never an event, but time passes."""
         due = self.clock.next_due()
         if timeout is None and due is None:
             raise InvariantBroken("a run ends", "it waits for something that never happens")
-        self._rounds = self._rounds + 1 if self.clock.last_progress == self._progress else 0
-        self._progress = self.clock.last_progress
+        self._rounds += 1
+        if self.clock.last_progress != self._progress:
+            self._rounds, self._progress = 0, self.clock.last_progress
         if self._rounds > self.MOST_ROUNDS:
             raise InvariantBroken("a run ends", "the event loop spins without a request")
         if timeout is not None and timeout <= 0:
             return []
-        waits = [timeout] if timeout is not None else []
-        if due is not None:
-            waits.append(max(0.0, due - self.clock.now))
-        self.clock.advance(min(waits))
+        until = math.inf if due is None else max(0.0, due - self.clock.now)
+        self.clock.advance(until if timeout is None else min(timeout, until))
         if self.clock.now - self.clock.last_progress > self.LONGEST_SILENCE + self.clock.slept:
             raise InvariantBroken("a run ends", "hours have passed without a request")
         return []
@@ -198,12 +188,12 @@ class Sent(NamedTuple):
     """A request, as the invariants see it."""
 
     endpoint: str
-    body: Dict[str, Any]
+    body: dict[str, Any]
     at: float  # true seconds
 
 
 class Nth:
-    """The n-th of the steps whose name has these words."""
+    """The n-th of the steps whose name has these words; of all steps where there are no words."""
 
     def __init__(self, words: str, n: int) -> None:
         self.words, self.left = words, n
@@ -228,17 +218,16 @@ class SimulatedProcess:
         self.network_faults: Callable[[str], NetworkFaults] = stage.network_faults
         self.settings: Any = None
         self.random = random.Random(seed)
-        self.kill_at: Optional[int] = None  # step
+        self.kill_when: list[Nth] = []
         # So many steps after the n-th merge request:
-        self.kill_after_merge: Optional[Tuple[int, int]] = None
-        self.kill_when: List[Nth] = []
-        self.full_at: Optional[int] = None  # the disk is full at this step
+        self.kill_after_merge: tuple[int, int] | None = None
+        self.full_at: int | None = None  # the disk is full at this step
         self.full_for = ""  # and from then on for every write with these words in its name, if any
-        self.full_from: Optional[Nth] = None  # a write that takes the place of the step
+        self.full_from: Nth | None = None  # a write that takes the place of the step
         self.steps = self.merges = self.travelling = 0
         self.dead = False
-        self.connections: Dict[str, Connection] = {}  # by the file's name
-        self.hot_journal: Optional[Tuple[Path, bytes]] = None  # that a torn commit leaves
+        self.connections: dict[str, Connection] = {}  # by the file's name
+        self.hot_journal: tuple[Path, bytes] | None = None  # that a torn commit leaves
         self.idle = 0  # requests since the last durable write
         self.units_unseen = 0  # requests whose answer's headers the run has never seen
 
@@ -250,10 +239,8 @@ class SimulatedProcess:
         if self._is_meant(what):
             self.kill(what)
         if self.kill_after_merge and self.merges >= self.kill_after_merge[0]:
-            self.kill_at = self.steps + self.kill_after_merge[1]
+            self.kill_when.append(Nth("", self.kill_after_merge[1]))
             self.kill_after_merge = None
-        if self.steps == self.kill_at:
-            self.kill(what)
 
     def _is_meant(self, what: str) -> bool:
         return any(one.is_it(what) for one in self.kill_when)
@@ -277,7 +264,7 @@ class SimulatedProcess:
             self.observer.full_now = True
             raise OSError(28, "No space left on device")
         self.steps += 1
-        return self.steps == self.kill_at or self._is_meant(f"in the middle of {what}")
+        return self._is_meant(f"in the middle of {what}")
 
     def end(self) -> None:
         """Close the files as the operating system does, and leave what a torn commit leaves."""
@@ -294,7 +281,7 @@ class Connection(sqlite3.Connection):
 
     process: SimulatedProcess
     path: Path
-    pending: List[Any] = []  # rows of the open transaction
+    pending: list[Any] = []  # rows of the open transaction
 
     def execute(self, statement: str, *values: Any) -> Any:
         if self.process.dead:
@@ -352,7 +339,7 @@ ROW = (
 )  # fmt: skip
 
 
-def stored_row(values: Any) -> Dict[str, Any]:
+def stored_row(values: Any) -> dict[str, Any]:
     """Return a row of the table `pairs`: its columns, and what its document says besides."""
     row = dict(zip(ROW, values))
     return {**json.loads(row["document"]), **row}
@@ -365,6 +352,11 @@ def short(don: str) -> str:
     return prefixes.get(kind, kind) + key
 
 
+def name_of(ids: tuple[str, str]) -> str:
+    """`REVU-6 <- REVU-5` of a pair: primary, duplicate."""
+    return f"{short(ids[0])} <- {short(ids[1])}"
+
+
 def environment_of(process: SimulatedProcess) -> Any:
     """Make an Environment of the module that is the simulated process."""
     module = process.module
@@ -373,7 +365,7 @@ def environment_of(process: SimulatedProcess) -> Any:
         def __init__(self) -> None:
             super().__init__(process.settings)
             self.random = process.random
-            self.loop: Optional[Loop] = None
+            self.loop: Loop | None = None
 
         def run_event_loop(self, work: Any) -> Any:
             self.loop = Loop(process.clock)
@@ -383,7 +375,7 @@ def environment_of(process: SimulatedProcess) -> Any:
             return module.Timestamp(process.clock.wall, process.clock.steady)
 
         async def post(
-            self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None
+            self, endpoint: str, body: dict[str, Any], deadline: float | None = None
         ) -> Any:
             try:
                 return await exchange(process, endpoint, body, deadline)
@@ -395,10 +387,10 @@ def environment_of(process: SimulatedProcess) -> Any:
             await asyncio.sleep(0.001 + 0.02 * process.random.random())
             return job(*args)
 
-        def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
+        def create_file(self, path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
             name = f"writing {path.name.replace(str(os.getpid()), '<process>')}"
             torn = process.durable(name)
-            found: Tuple[int, str] = super().create_file(path, tear(chunks) if torn else chunks)
+            found: tuple[int, str] = super().create_file(path, tear(chunks) if torn else chunks)
             if torn:
                 process.kill(f"in the middle of {name}")
             process.step(f"after {name}")
@@ -436,7 +428,7 @@ def tear(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 async def exchange(
-    process: SimulatedProcess, endpoint: str, body: Dict[str, Any], deadline: Optional[float]
+    process: SimulatedProcess, endpoint: str, body: dict[str, Any], deadline: float | None
 ) -> Any:
     """Send a request through the network; return its answer as the transport would give it."""
     timeout, loop = process.settings.timeout, asyncio.get_event_loop()
@@ -511,7 +503,7 @@ def begin(
     devrev.later(faults.there + (3 * settings.timeout if kind == "late" else 0.0), arrive)
 
 
-def parse(process: SimulatedProcess, answer: Answer) -> Tuple[Any, Optional[float]]:
+def parse(process: SimulatedProcess, answer: Answer) -> tuple[Any, float | None]:
     """Return DevRev's answer as module.HttpTransport would read it, and the seconds that it takes;
     None: it never comes."""
     timeout = process.settings.timeout
@@ -530,8 +522,8 @@ def parse(process: SimulatedProcess, answer: Answer) -> Tuple[Any, Optional[floa
 
 def describe(body: Mapping[str, Any]) -> str:
     """Describe a request's body in a few words."""
-    shown = {name: value for name, value in body.items() if name not in ("limit", "type")}
-    return " ".join(f"{name}={words(value)}" for name, value in shown.items())
+    shown = [name for name in body if name not in ("limit", "type")]
+    return " ".join(f"{name}={words(body[name])}" for name in shown)
 
 
 def words(value: Any) -> str:
@@ -541,7 +533,7 @@ def words(value: Any) -> str:
     return short(text) if text.startswith("don:") else text[:40]
 
 
-def told(data: Optional[Mapping[str, Any]]) -> str:
+def told(data: Mapping[str, Any] | None) -> str:
     """Describe an answer in a few words."""
     for name, value in (data or {}).items():
         if isinstance(value, list):
