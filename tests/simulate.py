@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -116,7 +117,7 @@ class Scenario(Stage):
     # ----- what happens meanwhile ----------------------------------------------------------------
 
     def of_interest(self) -> list[str]:
-        return [one for pair in self.checker.plan for one in pair]
+        return list(chain(*self.checker.plan))
 
     def visit(self, ids: Ids) -> str:
         """The application identifies the person of a pair."""
@@ -158,7 +159,6 @@ class Scenario(Stage):
         return NetworkFaults(there, back)
 
     def faults(self) -> list[Fault]:
-        """Draw what goes wrong on DevRev's side during a run."""
         found = []
         for kind, chance in ANSWERS.items():
             if self.draws.has(f"answers: {kind}", 0.07):
@@ -279,7 +279,6 @@ class Scenario(Stage):
     # ----- exports and options -------------------------------------------------------------------
 
     def export_rows(self) -> list[Row]:
-        """Make a new export, as the warehouse has it."""
         rows = super().export_rows()
         if self.draws.has("wrong counts", 0.1) and not self.in_peace:
             for place, row in enumerate(rows):
@@ -306,7 +305,6 @@ class Scenario(Stage):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(moment)) + zone
 
     def _options(self) -> list[str]:
-        """Draw the command line of a run, and write the files that it names."""
         chance, draws = self.chance, self.draws
         if not self.exports or chance.random() < 0.4:
             self.export_rows()
@@ -337,7 +335,6 @@ class Scenario(Stage):
         return options + self.manner()
 
     def manner(self) -> list[str]:
-        """Return the options that stay the same for the whole scenario."""
         options = ["--primary", "user"] if self.draws.has("--primary user", 0.15) else []
         kinds = {"--carry-fields": 0.2, "--across-workspaces": 0.1, "--try-unverified": 0.1}
         return options + [name for name, chance in kinds.items() if self.draws.has(name, chance)]
@@ -461,7 +458,6 @@ class Scenario(Stage):
             self.organisation.merge(*ids)
 
     def make_process(self) -> SimulatedProcess:
-        """Make the process of a run, with what will befall it."""
         chance, draws = self.chance, self.draws
         process = super().make_process(chance.randrange(1 << 32))
         if self.in_peace:
@@ -560,7 +556,6 @@ class Scenario(Stage):
 
 
 def play(seed: int, module: Any, trace: bool = False) -> Verdict:
-    """Play one scenario in a folder of its own."""
     logging.getLogger("merge_contacts").setLevel(logging.CRITICAL + 1)
     home = Path.cwd()
     room = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -570,8 +565,11 @@ def play(seed: int, module: Any, trace: bool = False) -> Verdict:
     scenario = Scenario(seed, module, trace)
     try:
         scenario.play()
-    except InvariantBroken as broken:
-        invariant, what = broken.invariant, broken.what
+    except InvariantBroken as problem:
+        invariant, what = problem.invariant, problem.what
+        frames = traceback.extract_tb(problem.__traceback__)
+        judge = [frame for frame in frames if frame.name != "broken"][-1]
+        scenario.trace(f"BROKEN: {judge.name}, {Path(judge.filename).name}:{judge.lineno}")
     except Exception:
         invariant, what = "the simulation itself works", traceback.format_exc()
     finally:

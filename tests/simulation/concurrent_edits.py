@@ -28,7 +28,6 @@ class ConcurrentEdits:
         self.numbers = itertools.count(1)
 
     def act(self) -> None:
-        """Do one thing, if there is something to do it to."""
         draws = self.scenario.draws
         drawn = [kind for kind, chance in CHANCES.items() if draws.has(f"others: {kind}", chance)]
         kind = self.chance.choice(["comment", "ticket", *drawn])

@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 
@@ -106,7 +107,6 @@ def groups_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def plan_of(rows: Iterable[Row], choices: Mapping[str, str], primary_kind: str) -> Plan:
-    """Return the merges that an export asks for."""
     found: Plan = {}
     for email, group in groups_of(rows).items():
         ranked = sorted(group, key=lambda row: (-row.tickets, instant(row.created), row.id))
@@ -177,9 +177,11 @@ def read_files() -> tuple[StoredFile | None, StoredFile | None]:
 
 def runs_of(*files: StoredFile | None) -> set[str]:
     """Return the ids of all runs of which files know."""
-    there = [file for file in files if file]
-    rows = {row["run"] for file in there for row in file.rows.values()}
-    return rows.union(*(file.runs for file in there))
+    found: set[str] = set()
+    for file in files:
+        if file:
+            found.update(file.runs, (row["run"] for row in file.rows.values()))
+    return found
 
 
 def pairs_in(rows: Rows, states: Iterable[str]) -> set[Ids]:
@@ -193,7 +195,7 @@ def joined(*files: StoredFile | None) -> Rows:
     """
     known = [file.rows for file in files if file]
     found: Rows = {}
-    for ids in [ids for rows in known for ids in rows]:
+    for ids in chain(*known):
         *losers, winner = sorted((rows[ids] for rows in known if ids in rows), key=authority)
         is_idle = winner["state"] in ("planned", "failed") and not winner["requested_at"]
         if is_idle and losers and losers[0]["requested_at"]:
@@ -263,7 +265,6 @@ def holdings(table: Table, role: str, person: str, since: float) -> tuple[set[st
 
 
 def holders(organisation: Organisation, reference: str) -> list[str]:
-    """Return the contacts that exist and have a reference."""
     found = organisation.contacts.find([("external_ref", [reference])])
     return [one["id"] for one in found if organisation.alive(one["id"])]
 
@@ -282,5 +283,7 @@ def entries_of(backup: str | None) -> Document:
 
 def in_backup(entry: Document) -> list[tuple[str, str]]:
     """Return what a merge has to transfer of a contact in a manifest: object id and role."""
-    items = [(work, ROLES[role]) for role in ("owned", "reported") for work in entry["works"][role]]
+    works = entry["works"]
+    items = [(work, "owned_by") for work in works["owned"]]
+    items += [(work, "reported_by") for work in works["reported"]]
     return items + [(talk, "members") for talk in entry["conversations"]]

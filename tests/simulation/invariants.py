@@ -3,6 +3,12 @@
 Nothing here uses the module: its plan, its backups, its savepoint and its reports are judged by a
 second opinion (tests.simulation.expected). The invariants of undos and of reports, and the reasons
 that a pair may have in the end, are in files of their own.
+
+A new invariant is `broken("what always holds", "what broke it")`, called at the first moment at
+which it can be judged: `asked` (a request leaves: `self.latest` is what the savepoint says of each
+pair, `self.asks` what was requested), `answered`, `wrote` (a commit), `after_run`, `after_life`.
+The truth is `self.organisation`; `expected.versions` has what an object was a while ago. Where
+`self.lies`, answers were false; `forget` says what the tool can't know any more.
 """
 
 from __future__ import annotations
@@ -13,8 +19,9 @@ import math
 import shutil
 import sqlite3
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Sequence
 
 from tests.fake.organisation import Thing, org_id_of, own_reference
 from tests.fake.world import World
@@ -86,14 +93,11 @@ class InvariantChecker:
     # ----- a run begins ---------------------------------------------------------------------------
 
     def begin(
-        self,
-        process: SimulatedProcess,
-        options: Any,
-        run_id: Callable[[], str],
-        rows: Sequence[expected.Row],
-        choices: Mapping[str, str],
+        self, process: SimulatedProcess, tool: Any, rows: Sequence[Any], choices: Any
     ) -> None:
-        self.process, self.options, self.run_id, self.run = process, options, run_id, self.run + 1
+        """`tool` is the module's RunContext; `rows` and `choices` are what it will read."""
+        self.run += 1
+        self.process, self.tool, self.options = process, tool, tool.options
         self.stopped = self.full_now = False  # told to stop; the disk was full
         self.interrupted = math.inf  # by Ctrl-C, at this time
         self.began = self.clock.now, self.clock.wall
@@ -114,11 +118,11 @@ class InvariantChecker:
         # Unfinished; the run before may have been killed before a request left.
         self.intended = pairs_in(self.before, UNFINISHED)
         self.tried = pairs_in(self.before, ["failed"])
-        self.undo.begin(options)
-        named = {expected.email_key(email) for email in options.email or ()}
+        self.undo.begin(self.options)
+        named = {expected.email_key(email) for email in self.options.email or ()}
         self.rows, self.choices = list(rows), choices
         # The plan, with what was undone or cancelled:
-        self.asked_for = expected.plan_of(rows, choices, options.primary or "revu")
+        self.asked_for = expected.plan_of(rows, choices, self.options.primary or "revu")
         self.plan = self._without_stopped(self.asked_for, named)
         self.allowed = {
             ids for ids, wanted in self.plan.items() if not named or wanted.primary.key in named
@@ -160,7 +164,6 @@ class InvariantChecker:
     # ----- the savepoint --------------------------------------------------------------------------
 
     def wrote(self, name: str, rows: Sequence[Document]) -> None:
-        """A file of the savepoint was written."""
         self.written.add(name)
         for row in rows:
             ids = row["primary_id"], row["duplicate_id"]
@@ -209,7 +212,7 @@ class InvariantChecker:
         for ids, before in self.before.items():
             for name, rows in self.committed.items():
                 row = rows.get(ids, {"state": "nothing", "run": ""})
-                if row["state"] != before["state"] and row["run"] != self.run_id():
+                if row["state"] != before["state"] and row["run"] != self.tool.run_id:
                     invariant = "what the two files say together is what the next run knows"
                     what = f"{name}: {name_of(ids)} is {row['state']}, and was {before['state']}"
                     broken(invariant, what)
@@ -233,7 +236,6 @@ class InvariantChecker:
     # ----- requests -------------------------------------------------------------------------------
 
     def asked(self, sent: Sent) -> None:
-        """A request leaves."""
         if not self.has_asked:
             self._judge_join()
         if self.stopped and not (self.undo.may_finish(sent) or self._gives_reference(sent)):
@@ -267,12 +269,11 @@ class InvariantChecker:
                 return True
             # What this run has requested may still be carried out: it is polled, or looked up.
             is_awaited = row["state"] in ("requested", "acknowledged")
-            if is_awaited and row["run"] == self.run_id() and sent.endpoint not in WRITES:
+            if is_awaited and row["run"] == self.tool.run_id and sent.endpoint not in WRITES:
                 return True
         return False
 
     def answered(self, sent: Sent, answer: Any) -> None:
-        """The run is told the answer to a request."""
         self._note_shown(sent, answer)
         self.undo.answered(sent)
         if answer.status == 401 and answer.data is not None:
@@ -305,7 +306,6 @@ class InvariantChecker:
             ask.busy |= crowded and status not in (401, 403, 404, 408)
 
     def _asked_in_this_run(self) -> dict[Ids, Ask]:
-        """Return the last merge request of each pair that this run has requested."""
         return {
             ids: asks[-1] for ids, asks in self.asks.items() if asks and asks[-1].run == self.run
         }
@@ -330,7 +330,8 @@ class InvariantChecker:
             at = self.first_pages[list_of(sent)] = sent.at
         shows = sent.endpoint in ("rev-users.list", "rev-users.get")
         for name, value in answer.data.items():
-            for one in value if isinstance(value, list) else [value]:
+            things = value if isinstance(value, list) else [value]
+            for one in things:
                 if isinstance(one, dict) and isinstance(one.get("id"), str):
                     self.read[one["id"]] = (sent.at, self.clock.now)
                     if shows and name in ("rev_users", "rev_user"):
@@ -414,7 +415,7 @@ class InvariantChecker:
         mine = self._asked_in_this_run()
         mine.pop(ids, None)
         there = pairs_in(self.latest, ("merged", "proving", *ENDED))
-        merged = {one for one in there if self.latest[one]["run"] == self.run_id()}
+        merged = {one for one in there if self.latest[one]["run"] == self.tool.run_id}
         # A poll may have confirmed what was contradicted since.
         is_confirmed = self.lies or not merged.isdisjoint({*mine, *self.intended})
         # A merge without a reference has nothing to set: it confirms the run alone.
@@ -475,7 +476,8 @@ class InvariantChecker:
 
     def known_of(self, primary: str) -> list[expected.Wanted]:
         """Return the merges into a primary that exports have ever asked for."""
-        return [one for ids, known in self.known.items() if ids[0] == primary for one in known]
+        mine = [known for ids, known in self.known.items() if ids[0] == primary]
+        return list(chain.from_iterable(mine))
 
     def _judge_group(self, ids: Ids) -> None:
         """What DevRev shows besides: unverified contacts, several references, and namesakes."""
@@ -639,7 +641,6 @@ class InvariantChecker:
             self._judge_gap(ids)
 
     def _judge_fields(self, sent: Sent, mine: Sequence[Ids]) -> None:
-        """Fields are carried only where that was asked for, and only what the duplicates had."""
         invariant = "only fields that the duplicate had are carried, and only with --carry-fields"
         primary, fields = sent.body["id"], sorted(sent.body.keys() - {"id", "external_ref"})
         if not fields:
@@ -659,7 +660,8 @@ class InvariantChecker:
             value = sent.body[field]
             what = f"{field} of {short(primary)} becomes {value!r}"
             if field == "phone_numbers":
-                is_known = set(value) <= {one for was in contacts for one in was.get(field, ())}
+                numbers = chain.from_iterable(one.get(field, ()) for one in contacts)
+                is_known = set(value).issubset(numbers)
                 is_lost = not expected.kept_numbers(lately) <= set(value)
             else:
                 is_known = any(one.get(field) == value for one in contacts)
@@ -740,9 +742,9 @@ class InvariantChecker:
         if not self.into(ids) and not self._is_as_if_merged(ids, backup):
             broken(TRUE, f"{name_of(ids)} is done, and was not merged")
         # The primary may have been merged onward.
-        primaries = {ids[0], self.organisation.survivor(ids[0])}
-        had = {ref for one in primaries for _, ref in self.organisation.reference_times[one]}
-        if reference and reference not in had:
+        times = self.organisation.reference_times
+        had = [*times[ids[0]], *times[self.organisation.survivor(ids[0])]]
+        if reference and not any(ref == reference for _, ref in had):
             broken(TRUE, f"{name_of(ids)} is done, and the primary never got {reference}")
         self._judge_transfer(ids, backup)
 
@@ -776,7 +778,6 @@ class InvariantChecker:
         return not entries or not all(expected.held(thing, role, ids[0]) for thing, role in things)
 
     def into(self, ids: Ids) -> bool:
-        """Whether the duplicate was merged into the primary."""
         one: str | None = ids[1]
         while one is not None and one != ids[0]:
             one = self.organisation.merged_into.get(one)
@@ -789,7 +790,6 @@ class InvariantChecker:
     # ----- what gets lost between runs ------------------------------------------------------------
 
     def lose_file(self, path: Path, put_back: Path | None = None, forget: bool = True) -> None:
-        """Delete a file of the savepoint, or put an older copy of it in its place."""
         for tail in ("", "-journal"):
             target = Path(f"{path}{tail}")
             if target.exists():

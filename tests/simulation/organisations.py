@@ -45,8 +45,6 @@ SHARED = ("support", "Info+berlin", "noreply", "sales", "test", "billing", "N-A"
 
 
 class OrganisationBuilder:
-    """Makes an organisation."""
-
     HUGE = 600  # tickets at most: some pages, and more than fit into a call for many contacts
 
     def __init__(self, draws: Draws) -> None:
@@ -103,7 +101,6 @@ class OrganisationBuilder:
         return not (self.draws.has("unverified contacts", 0.2) and self.chance.random() < least)
 
     def _fields(self, key: str) -> dict[str, Any]:
-        """Draw what a contact has besides."""
         chance, found = self.chance, {}
         half = self.half if chance.random() < 0.2 else ""
         if self.draws.has("fields", 0.4):
@@ -161,10 +158,11 @@ class Switches:
 
     def perhaps(self, kind: str, chance: float, **choices: Sequence[Any]) -> bool:
         """Set each of these switches to one of its values, where the scenario has such a thing."""
-        found = self.draws.has(kind, chance)
-        for name, values in choices.items() if found else ():
+        if not self.draws.has(kind, chance):
+            return False
+        for name, values in choices.items():
             setattr(self.world, name, self.chance.choice(values))
-        return found
+        return True
 
     def set_first(self) -> None:
         chance, draws, world, perhaps = self.chance, self.draws, self.world, self.perhaps
@@ -261,7 +259,8 @@ class Switches:
 
     def restrict(self) -> set[str]:
         """Draw objects that the token may not read or write; return who has to do with them."""
-        chance, draws, world, trouble = self.chance, self.draws, self.world, set()
+        chance, draws, world = self.chance, self.draws, self.world
+        trouble: set[str] = set()
         if draws.has("contacts that are forbidden", 0.06):
             contacts = sorted(self.organisation.contacts)
             trouble.update(chance.sample(contacts, chance.randint(1, 2)))
@@ -273,10 +272,11 @@ class Switches:
             kind = chance.choice(("restricted", "restricted_timelines", "restricted_writes"))
             setattr(world, kind, sorted(str(one["id"]) for one in chosen))
             if kind != "restricted_writes":
-                trouble = {one["id"] for thing in chosen for one in people_of(thing)}
-        world.restricted_in_lists = (
-            chance.choice(("shown", "shown", "left out", "403")) if world.restricted else "shown"
-        )
+                for thing in chosen:
+                    trouble.update(one["id"] for one in people_of(thing))
+        world.restricted_in_lists = "shown"
+        if world.restricted:
+            world.restricted_in_lists = chance.choice(("shown", "shown", "left out", "403"))
         world.names_object_ids = chance.random() < 0.7
         return trouble
 

@@ -257,9 +257,10 @@ class ReasonChecker:
         works, largest = self.organisation.works, world.largest_page or 100
         contacts = set(itertools.chain(*self.checker.plan, *self.checker.asks))
         pages = sum(len(works.find([("anyone", [one])])) // largest for one in contacts)
-        apart = 40 if world.max_ids else 0  # where a list has to be read contact by contact
-        apart += 40 if world.empty_pages or world.trailing_page else 0
-        return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
+        # Where a list has to be read contact by contact, or has empty pages:
+        odd = bool(world.max_ids) + bool(world.empty_pages or world.trailing_page)
+        least = 20 + 8 * pages + 40 * odd
+        return quota is not None and quota.limit * LISTED / quota.window < least
 
     def group_of(self, ids: Ids) -> set[str]:
         found = set(ids)

@@ -136,7 +136,6 @@ class ReportChecker:
         return any(one is not None and not one["reported"] for one in runs)
 
     def lose(self, name: str) -> None:
-        """Delete reports."""
         for path in list(Path("reports").glob(name)):
             for one in (path, path.with_suffix(".html"), path.with_suffix(".csv")):
                 if one.exists():

@@ -76,7 +76,6 @@ Act = Callable[[Organisation], Any]
 
 @functools.lru_cache(maxsize=1)
 def the_module() -> Any:
-    """Load the module once in a process."""
     return load()
 
 
@@ -92,9 +91,10 @@ class Run:
     @property
     def codes(self) -> dict[str, str]:
         """Return email -> code of what failed or is unfinished, as the report has it."""
-        names = ("failed", "unfinished", "failed_merges", "unfinished_merges")
-        entries = [entry for name in names for entry in self.report.get(name) or ()]
-        return {entry["email"]: entry["code"] for entry in entries}
+        found = {}
+        for name in ("failed", "unfinished", "failed_merges", "unfinished_merges"):
+            found.update((one["email"], one["code"]) for one in self.report.get(name) or ())
+        return found
 
     def count(self, endpoint: str) -> int:
         return sum(request.endpoint == endpoint for request in self.requests)
@@ -127,7 +127,6 @@ class Stage:
         return SimulatedProcess(self, seed)
 
     def on_request(self, stage: str, request: Request) -> None:
-        """DevRev carries a request out: `before` and `after`."""
         self.checker.undo.heard(stage, request)
 
     def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
@@ -142,13 +141,11 @@ class Stage:
             self.checker.stopped, self.checker.interrupted = True, self.clock.now
 
     def manner(self) -> list[str]:
-        """Return the options that stay the same for all runs."""
         return []
 
     # ----- runs -----------------------------------------------------------------------------------
 
     def export_rows(self) -> list[Row]:
-        """Make a new export, as the warehouse has it."""
         rows = export_of(self.organisation)
         self.trace(f"an export: {len(rows)} contacts")
         return rows
@@ -162,7 +159,6 @@ class Stage:
                 writer.writerow((row.id, "A Name", row.email, row.ref, "", *times, row.tickets))
 
     def play_run(self, argv: Sequence[str]) -> Run:
-        """Play one run to its end, and judge it."""
         module, checker, process, found = self.module, self.checker, self.make_process(), Run()
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -179,7 +175,7 @@ class Stage:
 
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run = Simulated(options, environment)
-        checker.begin(process, options, lambda: run.run_id, *read_inputs(options))
+        checker.begin(process, run, *read_inputs(options))
         limit = f"{settings.calls} in {settings.period:g} s, time-out {settings.timeout:g} s"
         self.trace(f"RUN {checker.run}: {' '.join(argv)} (client-side limit {limit})")
         self.clock.last_progress = self.clock.now
@@ -214,7 +210,6 @@ class Stage:
     # ----- files ----------------------------------------------------------------------------------
 
     def note_undo(self, path: str) -> None:
-        """Note that this is undone, to be finished in peace."""
         if path not in self.undos:
             self.undos.append(path)
 
@@ -229,14 +224,12 @@ class Stage:
                 self.checker.reports.lose(name)
 
     def keep(self, *names: str) -> None:
-        """Take a copy of files of the savepoint, to be put back."""
         for name in names:
             for tail in ("", "-journal"):
                 if Path(f"{FILES[name]}{tail}").exists():
                     shutil.copy(f"{FILES[name]}{tail}", f"{name}.kept{tail}")
 
     def put_back(self, *names: str) -> None:
-        """Put the copies that were kept in the files' places."""
         for name in names:
             self.checker.lose_file(FILES[name], Path(f"{name}.kept"), forget=name == names[-1])
 
@@ -246,8 +239,9 @@ class Stage:
         """No more faults, edits or kills: after some runs everything has ended."""
         self.trace("FROM HERE ON IN PEACE")
         self.in_peace = True
-        self.world.faults, self.world.list_lag, self.world.forbidden = [], 0.0, ()
-        self.world.vanished = ()
+        self.world.faults = []
+        self.world.forbidden = self.world.vanished = ()
+        self.world.list_lag = 0.0
         self.organisation.ref_release = 0.0
         if self.world.quota:
             self.world.quota.others = 0
@@ -295,7 +289,6 @@ class Stage:
             raise InvariantBroken("a second undo does nothing", ", ".join(wrote))
 
     def unfinished_emails(self) -> list[str]:
-        """Return the addresses that a person may settle."""
         return sorted({str(self.rows[ids]["email"]) for ids in pairs_in(self.rows, OPEN)})
 
     def _settle_in_peace(self) -> None:
@@ -331,8 +324,6 @@ def records(*paths: Any) -> Iterator[dict[str, str]]:
 
 
 class Scene(Stage):
-    """A script; the module's docstring says how to write one."""
-
     def __init__(self) -> None:
         super().__init__(the_module(), Organisation())
         self.settings: dict[str, Any] = {"calls": 0, "period": 60.0, "timeout": 30.0, "retries": 5}
@@ -370,11 +361,9 @@ class Scene(Stage):
     # ----- what happens ---------------------------------------------------------------------------
 
     def at(self, seconds: float, act: Act) -> None:
-        """Act in so many seconds."""
         self.world.later(seconds, lambda: act(self.organisation))
 
     def before(self, endpoint: str, act: Act, n: int = 1, match: Any = lambda _body: True) -> None:
-        """Act before DevRev acts on the n-th such request from now on."""
         self._hooks.append(("before", endpoint, n, match, act))
 
     def after(self, endpoint: str, act: Act, n: int = 1, match: Any = lambda _body: True) -> None:
@@ -406,7 +395,6 @@ class Scene(Stage):
         return self.fault(kind, endpoint, detail=(status, content), **more)
 
     def lose_answer(self, endpoint: str) -> None:
-        """The next such request is carried out, and its answer never arrives."""
         self.fault("reset-after", endpoint, times=1)
 
     def kill(self, step: str, n: int = 1) -> None:
@@ -486,7 +474,6 @@ class Scene(Stage):
             self.leave_in_peace()
 
     def waive(self, invariant: str, reason: str) -> None:
-        """Turn an invariant off for this scene."""
         assert reason
         WAIVED.add(invariant)
 
@@ -504,7 +491,6 @@ class Scene(Stage):
         return self.organisation.contacts[contact]["external_ref"] if exists else None
 
     def holder(self, reference: str) -> Any:
-        """Return the contact that exists and has a reference."""
         return next(iter(expected.holders(self.organisation, reference)), None)
 
     def works_of(self, contact: str) -> set[str]:

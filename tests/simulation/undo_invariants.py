@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Set
 
@@ -73,7 +74,6 @@ class UndoChecker:
             self.begun.add(ids)
 
     def forget(self, rows: Rows) -> None:
-        """Forget the undos that neither file knows any more."""
         known = {ids for ids, row in rows.items() if row["undo"]}  # also one in vain
         self.begun &= known
         self.true &= known
@@ -111,7 +111,6 @@ class UndoChecker:
         return row["state"] == "undoing" and not is_held
 
     def asked(self, sent: Sent) -> None:
-        """A request leaves."""
         if self.preview and sent.endpoint in WRITES:
             broken("a preview only reads", sent.endpoint)
         if not self.active and sent.endpoint in OF_OBJECTS:
@@ -138,7 +137,6 @@ class UndoChecker:
                 broken("a merge run refuses a group whose undo is not finished", name_of(ids))
 
     def _saved(self, ids: Ids) -> list[Document]:
-        """Return the undo of a pair as each of the two files has it."""
         rows = (
             self.checker.committed[path.name].get(ids) for path in (expected.MAIN, expected.COPY)
         )
@@ -196,8 +194,8 @@ class UndoChecker:
         carried = [self.checker.latest[ids]["fields_to_carry"] or {} for ids in mine]
         for field in set(sent.body) - {"id", "external_ref"}:
             if field == "phone_numbers":
-                added = {number for one in carried for number in one.get(field, ())}
-                is_lost = not expected.kept_numbers(been) - set(sent.body[field]) <= added
+                added = chain.from_iterable(one.get(field, ()) for one in carried)
+                is_lost = not (expected.kept_numbers(been) - set(sent.body[field])).issubset(added)
             else:
                 written = [one.get(field) for one in carried]
                 is_lost = not any(one and one.get(field) in written for one in been)
@@ -205,7 +203,6 @@ class UndoChecker:
                 broken(LOST, f"{field} of {short(primary)} becomes {sent.body[field]!r}")
 
     def heard(self, stage: str, request: Request) -> None:
-        """DevRev carries a request out: `before` and `after`."""
         contacts, body = self.organisation.contacts, request.body
         if request.endpoint == "rev-users.create" and stage == "before":
             self.contacts_before = set(contacts)
@@ -225,7 +222,8 @@ class UndoChecker:
         """Return what a primary had before its first merge, by the backup that this rests on."""
         backups: list[str] = []
         for ids, found in self.checker.backups.items():
-            backups += found if ids[0] == primary else []
+            if ids[0] == primary:
+                backups += found
         entries = entries_of(min(backups, key=lambda backup: Path(backup).name, default=None))
         return set(expected.in_backup(entries[primary])) if entries else set()
 
@@ -242,7 +240,7 @@ class UndoChecker:
         return found
 
     def _judge_write(self, identity: str, was: People, now: People) -> None:
-        groups = {one for ids in self.begun for one in ids}
+        groups = set(chain(*self.begun))
         mine = self.contacts_of(groups)
         groups |= set(map(self.stand_in, groups))
         primaries = {ids[0] for ids in self.open()}
@@ -344,14 +342,12 @@ class UndoChecker:
                     broken(invariant, f"{reference}, after an undo")
 
     def _references(self, ids: Ids) -> set[str]:
-        """Return the references that the two contacts of a pair had in exports."""
         found = set()
         for one in self.checker.known[ids]:
             found |= {one.primary.ref, one.duplicate.ref}
         return found
 
     def _is_true(self, ids: Ids, entry: Document) -> bool:
-        """Return whether the reason for which an undo can't be finished is so."""
         organisation, code = self.organisation, entry["code"]
         identity = self.stand_in(ids[0])
         primary = organisation.contacts.get(identity) if organisation.alive(identity) else None

@@ -98,7 +98,6 @@ class Clock:
         self.now = max(self.now, end)
 
     def nap(self, seconds: float) -> None:
-        """The laptop sleeps."""
         now, slept = self.now, self.slept
         self.advance(seconds)
         self.slept = slept + self.now - now
@@ -422,7 +421,6 @@ def environment_of(process: SimulatedProcess) -> Any:
 
 
 def tear(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the first half of what was to be written."""
     whole = b"".join(chunks)
     yield whole[: len(whole) // 2]
 
@@ -521,7 +519,6 @@ def parse(process: SimulatedProcess, answer: Answer) -> tuple[Any, float | None]
 
 
 def describe(body: Mapping[str, Any]) -> str:
-    """Describe a request's body in a few words."""
     shown = [name for name in body if name not in ("limit", "type")]
     return " ".join(f"{name}={words(body[name])}" for name in shown)
 
@@ -534,7 +531,6 @@ def words(value: Any) -> str:
 
 
 def told(data: Mapping[str, Any] | None) -> str:
-    """Describe an answer in a few words."""
     for name, value in (data or {}).items():
         if isinstance(value, list):
             ids = [short(str(item.get("id"))) for item in value if isinstance(item, dict)]
