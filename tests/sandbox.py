@@ -5,15 +5,6 @@ same requests on 127.0.0.1; `tests.fake.world` says how, with its misbehaviour a
 
     python -m tests.sandbox                      export a sample, merge it, and show what happened
     python -m tests.sandbox serve --port 8123    stay up, to practise with a new organisation
-
-In a test:
-
-    organisation = Organisation()
-    primary = organisation.add_contact("1", "ada@example.com")
-    secondary = organisation.add_contact("2", "ada@example.com", external_ref="user_2")
-    with Sandbox(organisation, faults=[Fault("503", "works.list", times=2)]) as sandbox:
-        ...                                      # run the tool with sandbox.environment()
-    assert organisation.merges == [(primary, secondary)]
 """
 
 from __future__ import annotations
