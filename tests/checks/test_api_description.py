@@ -162,41 +162,15 @@ class Asked(NamedTuple):
     raw: Optional[bytes] = None
 
 
-def asked(organisation: Organisation) -> Iterator[Asked]:
-    """What to ask so that all endpoints give all kinds of answers."""
-    one, other, third = list(organisation.contacts)[:3]
-    org = organisation.contacts[one]["rev_org"]["id"]
+def refused(organisation: Organisation) -> Iterator[Asked]:
+    """What to ask so that all endpoints refuse in all ways."""
+    one, _, third = list(organisation.contacts)[:3]
     taken = organisation.contacts[one]["external_ref"]
     work = next(one for one, work in organisation.works.items() if work["type"] == "ticket")
-    issue = next(one for one, work in organisation.works.items() if work["type"] == "issue")
     talk = next(iter(organisation.conversations))
     nobody = organisation.don("identity", "revu", "NOBODY")
     nothing = organisation.don("core", "ticket", "999999")
     nowhere = organisation.don("identity", "revo", "NONE")
-    filters = {"is_verified": False, "external_ref": ["user_a102"]}
-    changes = {"id": third, "external_ref": "user_new", "display_name": "New", "phone_numbers": []}
-    made = {
-        "display_name": "Made", "email": "made@example.com", "external_ref": "user_made",
-        "rev_org": org, "description": "Text", "phone_numbers": ["+4930123456"],
-        "display_picture": "ARTIFACT-1",
-    }  # fmt: skip
-    roles = {"owned_by": {"set": [third]}, "reported_by": {"set": [third]}}
-    accepted = [
-        (ME, {}), (GET, {"id": one}), (LIST, {}), (LIST, filters),
-        (LIST, {"email": [organisation.contacts[one]["email"]], "limit": 1}),
-        (LIST, {"is_verified": True, "limit": 1}), (UPDATE, changes),
-        (UPDATE, {"id": third, "display_picture": "ARTIFACT-2", "email": "new@example.com"}),
-        (MERGE, {"primary_user": one, "secondary_user": other}),
-        (WORKS, {"owned_by": [one, other], "limit": 100}),
-        (WORKS, {"created_by": [one, other]}), (WORKS, {"reported_by": [one, other]}),
-        (WORKS, {"type": ["ticket", "issue"], "limit": 1}), (WORK, {"id": work}),
-        (WORK, {"id": issue}), (GIVE, {"id": work, "type": "ticket", **roles}),
-        (GIVE, {"id": issue, "type": "issue", "title": "Another", "body": "text"}),
-        (TALKS, {}), (TALK, {"id": talk}),
-        (JOIN, {"id": talk, "members": {"set": [third]}, "title": "Another"}),
-        (TIMELINE, {"object": work, "limit": 1}), (TIMELINE, {"object": issue, "limit": 1}),
-        (TIMELINE, {"object": talk, "limit": 1}),
-    ]  # fmt: skip
     malformed = [
         (GET, {}), (GET, {"id": "REVU-1"}), (GET, {"id": work}), (GET, {"id": 7}),
         (LIST, {"who": "all"}), (LIST, {"email": "ada@example.com"}), (LIST, {"limit": 0}),
@@ -214,10 +188,7 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         (GIVE, {"id": nothing, "type": "ticket"}), (TIMELINE, {"object": nothing}),
     ]  # fmt: skip
     conflicts = [(UPDATE, {"id": third, "external_ref": taken}), (CREATE, {"external_ref": taken})]
-    created: List[Any] = [(CREATE, {}), (CREATE, made)]
-    for status, questions in (
-        (200, accepted), (201, created), (400, malformed), (404, missing), (409, conflicts),
-    ):  # fmt: skip
+    for status, questions in ((400, malformed), (404, missing), (409, conflicts)):
         for endpoint, body in questions:
             yield Asked(endpoint, body, status)
     for endpoint in SHAPES:
@@ -231,28 +202,22 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
             yield Asked(endpoint, {}, int(kind[:3]), fault=kind)
 
 
-def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(
-    description: Description,
-) -> None:
+def test_every_refusal_is_one_that_the_description_knows(description: Description) -> None:
     organisation = organisation_of(SAMPLE)
     seen = set()
-    with Sandbox(organisation, hidden_fields=("custom_fields",)) as sandbox:
-        for question in asked(organisation):
+    with Sandbox(organisation) as sandbox:
+        for question in refused(organisation):
             sandbox.faults = [Fault(question.fault)] if question.fault else []
             status, answer = ask(sandbox, question)
             assert status == question.status, (question, answer)
             assert description.answer(question.endpoint, status, answer) == [], question
-            if status in (200, 201):
-                # Else the tool could pass here and fail there.
-                assert description.request(question.endpoint, question.body) == [], question
-            seen.add((question.endpoint, status, answer.get("type")))
-    assert {endpoint for endpoint, status, _ in seen if status in (200, 201)} == set(SHAPES)
-    assert {kind for _, status, kind in seen if status == 400} == {
+            seen.add((status, answer.get("type")))
+    assert {kind for status, kind in seen if status == 400} == {
         "bad_request", "invalid_content_type", "invalid_enum_value", "invalid_field", "invalid_id",
         "missing_required_field", "parse_error", "unexpected_id_type", "unexpected_json_type",
         "value_not_permitted",
     }  # fmt: skip
-    assert {kind for _, status, kind in seen if status == 401} == {
+    assert {kind for status, kind in seen if status == 401} == {
         "unauthenticated", "token_expired", "token_revoked", "dev_org_deactivated"
     }  # fmt: skip
 
@@ -276,6 +241,7 @@ def each(name: str, forms: Any, **more: Any) -> List[Dict[str, Any]]:
 
 CHOICES = World.CHOICES
 SWITCHES: List[Dict[str, Any]] = [
+    {},
     *each("verified_shown", CHOICES["verified_shown"]),
     *each("verified_filter", CHOICES["verified_filter"]),
     {"hidden_fields": ("phone_numbers", "description")},
@@ -300,7 +266,7 @@ SWITCHES: List[Dict[str, Any]] = [
 
 def quarter(cases: List[Any]) -> List[Any]:
     """For `parametrize`: the fast run takes every fourth."""
-    found = sorted(cases, key=str)
+    found = sorted(cases, key=lambda case: (len(case), str(case)))
     for number, case in enumerate(found):
         if number % 4:
             found[number] = pytest.param(case, marks=pytest.mark.slow)
@@ -326,9 +292,11 @@ def test_no_switch_makes_an_answer_that_the_description_does_not_know(
     account = add("N", "m@example.com", "user_n", rev_org="account/NORTH", state="locked")
     organisation.visit("visitor@example.com", "user_visitor")
     works = [organisation.add_work([full], kind=kind, comments=2) for kind in ALL_WORK_KINDS]
+    ticket = organisation.add_work([full])
     kinds = list(ALL_WORK_KINDS if "long_work_types" in switches else ("issue", "ticket"))
     fields = {"display_name": "M", "phone_numbers": ["+49302"], "description": "New"}
     made = {"email": "m@example.com", "external_ref": "user_c", "phone_numbers": ["+49303"]}
+    roles = {"owned_by": {"set": [third]}, "reported_by": {"set": [third]}}
     questions: List[Any] = [
         (LIST, {"limit": 3}), (LIST, {"is_verified": False}), (LIST, {"email": ["m@example.com"]}),
         (GET, {"id": full}), (UPDATE, {"id": full, **fields}),
@@ -340,8 +308,10 @@ def test_no_switch_makes_an_answer_that_the_description_does_not_know(
         (WORKS, {"type": kinds, "owned_by": [full], "limit": 2}), (WORKS, {"limit": 5}),
         *((WORK, {"id": work}) for work in works),
         *((TIMELINE, {"object": item, "limit": 1}) for item in (works[1], works[2], talk)),
-        (GIVE, {"id": works[-1], "type": kinds[-1], "title": "Another"}), (TALKS, {"limit": 2}),
-        (ME, {}, 401, "", "another"),
+        (GIVE, {"id": ticket, "type": "ticket", "title": "Another", **roles}),
+        (TALKS, {"limit": 2}), (TALK, {"id": talk}),
+        (JOIN, {"id": talk, "members": {"set": [third]}}),
+        (ME, {}), (ME, {}, 401, "", "another"),
     ]  # fmt: skip
     after = [(GET, {"id": third}), (LIST, {}), (GET, {"id": other}), (LIST, {})]
     settings = {name: value for name, value in switches.items() if name not in rules}
@@ -349,6 +319,8 @@ def test_no_switch_makes_an_answer_that_the_description_does_not_know(
     with Sandbox(organisation, merge_delay=60, **settings) as sandbox:
         for question in questions:
             follow(description, sandbox, Asked(*question))
+        accepted = {one.endpoint for one in sandbox.requests if one.status in (200, 201)}
+        assert switches or accepted == set(SHAPES)
         sandbox.settle()
         organisation.delete_contact(third)
         for question in after:

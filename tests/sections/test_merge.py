@@ -390,13 +390,10 @@ def test_lists_are_asked_with_the_spelling_that_devrev_has(scene: Scene) -> None
 # -- fields ----------------------------------------------------------------------------------------
 
 
-def with_fields(scene: Scene, **primary_fields: Any) -> tuple[str, str]:
-    pair = scene.pair(1)
-    primary, duplicate = (scene.organisation.contacts[one] for one in pair)
-    scene.organisation.change(primary, phone_numbers=["+15550100"], **primary_fields)
-    scene.organisation.change(
-        duplicate, phone_numbers=["+15550100", "+15550101"], description="prefers email"
-    )
+def with_fields(scene: Scene) -> tuple[str, str]:
+    pair = scene.pair(1, phone_numbers=["+15550100"])
+    duplicate = scene.organisation.contacts[pair[1]]
+    duplicate.update(phone_numbers=["+15550100", "+15550101"], description="prefers email")
     return pair
 
 
