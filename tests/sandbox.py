@@ -167,8 +167,9 @@ def introduce(sandbox: Sandbox) -> None:
     say(f"\nThen merge what {PRACTICE}, an export of some hours ago, asks for:")
     say(f"  {typed(sys.executable)} merge_contacts.py --csv {PRACTICE} --preview --live")
     say(f"  {typed(sys.executable)} merge_contacts.py --csv {PRACTICE}")
-    say("One pair is refused, one changed after the export, one ticket stays behind:")
-    say("read the report, look the contacts up on the page above, and settle or undo.")
+    say("One pair is refused, one changed after the export, one ticket stays behind,")
+    say("for which the run waits two minutes. Then read the report, look the contacts")
+    say("up on the page above, and settle or undo.")
     say("\nCtrl-C ends it.")
 
 
