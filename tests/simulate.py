@@ -41,12 +41,8 @@ DISTURBING = (
     "short pages", "answers: ", "fields that can't be set",
 )  # fmt: skip
 DISTURBING_FOR_GOOD = (
-    "polls that",
-    "windows roll",
-    "no quota headers",
-    "empty pages",
-    "short pages",
-)
+    "polls that", "windows roll", "no quota headers", "empty pages", "short pages"
+)  # fmt: skip
 NETWORK_FAULTS = {"refused": 0.03, "lost": 0.04, "unheard": 0.05, "late": 0.03, "twice": 0.03}
 ANSWERS = {
     "500": 0.05, "503": 0.05, "502": 0.03, "html-200": 0.03, "html-403": 0.01, "429": 0.03,
@@ -355,15 +351,8 @@ class Scenario(Stage):
         if chance.random() < 0.2:
             limits = ((3, 2.0), (10, 6.0), (60, 6.0), (200, 60.0), (30, 60.0))
             calls, period = chance.choice(limits)
-        settings = self.module.ApiSettings(
-            token=self.world.token,
-            base_url="https://api.example.com",
-            calls=calls,
-            period=period,
-            timeout=chance.choice((2.0, 5.0, 30.0)),
-            retries=chance.choice((2, 5)),
-            workers=workers,
-        )
+        limits = {"calls": calls, "period": period, "timeout": chance.choice((2.0, 5.0, 30.0))}
+        settings = self.settings_of(workers, **limits, retries=chance.choice((2, 5)))
         self.checker.slowest = lambda: self.latency if self._is_undisturbed(settings) else None
         return settings
 

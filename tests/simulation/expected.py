@@ -241,15 +241,16 @@ def versions(organisation: Organisation, identity: str, since: float) -> list[Th
     return [table.get(identity), *(was for one, was in changes(table, since) if one == identity)]
 
 
-def people_of(thing: Thing | None, roles: Sequence[str] = ALL_ROLES) -> Iterator[Thing]:
+def people_of(thing: Thing | None, roles: Sequence[str] = ALL_ROLES) -> Iterator[str]:
     """Yield everybody who has one of these roles in a work or a conversation."""
     for role in roles:
         people = (thing or {}).get(role) or ()
-        yield from [people] if isinstance(people, dict) else people
+        people = [people] if isinstance(people, dict) else people
+        yield from (one["id"] for one in people)
 
 
 def held(thing: Thing | None, role: str, person: str) -> bool:
-    return any(one["id"] == person for one in people_of(thing, [role]))
+    return person in people_of(thing, [role])
 
 
 def holdings(table: Table, role: str, person: str, since: float) -> tuple[set[str], set[str]]:

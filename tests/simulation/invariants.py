@@ -153,11 +153,9 @@ class InvariantChecker:
         for email in {one.primary.key for ids, one in plan.items() if ids not in known} - named:
             members = {row.id for row in groups[email]}
             for ids in stopped:
-                two = {*map(self.undo.stand_in, ids), *ids}
-                if (
-                    expected.email_key(self.before[ids]["email"]) == email
-                    or len(two & members) >= 2
-                ):
+                now = {*map(self.undo.stand_in, ids), *ids}
+                has_email = expected.email_key(self.before[ids]["email"]) == email
+                if has_email or len(now & members) >= 2:
                     left_out.add(email)
         return {ids: one for ids, one in plan.items() if one.primary.key not in left_out}
 

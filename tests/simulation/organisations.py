@@ -273,7 +273,7 @@ class Switches:
             setattr(world, kind, sorted(str(one["id"]) for one in chosen))
             if kind != "restricted_writes":
                 for thing in chosen:
-                    trouble.update(one["id"] for one in people_of(thing))
+                    trouble.update(people_of(thing))
         world.restricted_in_lists = "shown"
         if world.restricted:
             world.restricted_in_lists = chance.choice(("shown", "shown", "left out", "403"))

@@ -57,7 +57,7 @@ class ReasonChecker:
             return
         for object_id in {*world.restricted, *world.restricted_timelines}:
             for thing in expected.versions(self.organisation, object_id, NEVER):
-                self.trouble.update(one["id"] for one in expected.people_of(thing))
+                self.trouble.update(expected.people_of(thing))
 
     def judge(self, rows: Rows, stuck: set[str]) -> None:
         checker = self.checker

@@ -45,20 +45,16 @@ from tests.fake.organisation import Organisation
 from tests.fake.trouble import Fault, Request
 from tests.fake.world import World
 from tests.simulation import expected
+from tests.simulation import world as simulated
 from tests.simulation.expected import COPY, MAIN, UNFINISHED, Ids, Row, Rows, export_of, pairs_in
 from tests.simulation.invariants import InvariantChecker
 from tests.simulation.undo_invariants import WRITES
 from tests.simulation.world import (
-    EPOCH,
-    WAIVED,
     Clock,
     InvariantBroken,
-    Killed,
     NetworkFaults,
     Nth,
     SimulatedProcess,
-    environment_of,
-    load,
     short,
 )
 
@@ -76,7 +72,7 @@ Act = Callable[[Organisation], Any]
 
 @functools.lru_cache(maxsize=1)
 def the_module() -> Any:
-    return load()
+    return simulated.load()
 
 
 class Run:
@@ -106,7 +102,7 @@ class Stage:
     def __init__(self, module: Any, organisation: Organisation, **switches: Any) -> None:
         self.module, self.organisation = module, organisation
         self.clock = clock = Clock()
-        times = (lambda: clock.now, lambda: EPOCH + clock.now)
+        times = (lambda: clock.now, lambda: simulated.EPOCH + clock.now)
         self.world = World(organisation, *times, on_request=self.on_request, **switches)
         clock.fake_devrev = self.world
         self.checker = InvariantChecker(self.world, clock)
@@ -164,7 +160,7 @@ class Stage:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             options = module.parse_options(list(argv))
         process.settings = settings = self.make_settings(options.workers)
-        environment, stage = environment_of(process), self
+        environment, stage = simulated.environment_of(process), self
 
         class Simulated(module.RunContext):
             TICK = 3600.0
@@ -187,7 +183,7 @@ class Stage:
             outcome = module.MODES[options.mode](run)
             is_code = isinstance(outcome, int)
             found.code = outcome if is_code else environment.run_event_loop(outcome)
-        except Killed:
+        except simulated.Killed:
             found.killed = True
         except module.FatalError as stop:
             found.code, found.refusal = stop.exit_code, str(stop)
@@ -208,6 +204,10 @@ class Stage:
         return found
 
     # ----- files ----------------------------------------------------------------------------------
+
+    def settings_of(self, workers: int, **more: Any) -> Any:
+        where = {"token": self.world.token, "base_url": "https://api.devrev.ai"}
+        return self.module.ApiSettings(**where, workers=workers, **more)
 
     def note_undo(self, path: str) -> None:
         if path not in self.undos:
@@ -420,8 +420,7 @@ class Scene(Stage):
         return NetworkFaults()
 
     def make_settings(self, workers: int) -> Any:
-        given = {"token": self.world.token, "base_url": "https://api.devrev.ai", "workers": workers}
-        return self.module.ApiSettings(**given, **self.settings)
+        return self.settings_of(workers, **self.settings)
 
     def make_process(self) -> SimulatedProcess:
         process = super().make_process()
@@ -475,7 +474,7 @@ class Scene(Stage):
 
     def waive(self, invariant: str, reason: str) -> None:
         assert reason
-        WAIVED.add(invariant)
+        simulated.WAIVED.add(invariant)
 
     # ----- what is so -----------------------------------------------------------------------------
 

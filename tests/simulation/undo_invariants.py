@@ -212,7 +212,7 @@ class UndoChecker:
                 self.created.append(Created(one, email, reference, self.organisation.now()))
         elif request.endpoint in OF_OBJECTS:
             thing = expected.now_of(self.organisation, body["id"])
-            now = {role: {one["id"] for one in (thing or {}).get(role, ())} for role in USER_LISTS}
+            now = {role: set(expected.people_of(thing, [role])) for role in USER_LISTS}
             if stage == "before":
                 self.was[body["id"]] = now
             elif thing is not None and self.was.get(body["id"]) not in (None, now):
@@ -381,10 +381,7 @@ class UndoChecker:
             objects = [item["id"] for item in entry["left"]]
             people: list[str] = []
             for one in objects:
-                people += [
-                    who["id"]
-                    for who in expected.people_of(expected.now_of(organisation, one), USER_LISTS)
-                ]
+                people += expected.people_of(expected.now_of(organisation, one), USER_LISTS)
             is_gone = any(":revu/" in one and not organisation.alive(one) for one in people)
             return is_gone or not all(map(self._may_be_written, objects))
         return code in ("forbidden", "api_error") and bool(
