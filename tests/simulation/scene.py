@@ -49,14 +49,7 @@ from tests.simulation import world as simulated
 from tests.simulation.expected import COPY, MAIN, UNFINISHED, Ids, Row, Rows, export_of, pairs_in
 from tests.simulation.invariants import InvariantChecker
 from tests.simulation.undo_invariants import WRITES
-from tests.simulation.world import (
-    Clock,
-    InvariantBroken,
-    NetworkFaults,
-    Nth,
-    SimulatedProcess,
-    short,
-)
+from tests.simulation.world import InvariantBroken, NetworkFaults, Nth, SimulatedProcess, short
 
 HEADER = (
     "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT",
@@ -101,7 +94,7 @@ class Stage:
 
     def __init__(self, module: Any, organisation: Organisation, **switches: Any) -> None:
         self.module, self.organisation = module, organisation
-        self.clock = clock = Clock()
+        self.clock = clock = simulated.Clock()
         times = (lambda: clock.now, lambda: simulated.EPOCH + clock.now)
         self.world = World(organisation, *times, on_request=self.on_request, **switches)
         clock.fake_devrev = self.world
@@ -154,6 +147,10 @@ class Stage:
                 times = row.created, row.created
                 writer.writerow((row.id, "A Name", row.email, row.ref, "", *times, row.tickets))
 
+    def settings_of(self, workers: int, **more: Any) -> Any:
+        where = {"token": self.world.token, "base_url": "https://api.devrev.ai"}
+        return self.module.ApiSettings(**where, workers=workers, **more)
+
     def play_run(self, argv: Sequence[str]) -> Run:
         module, checker, process, found = self.module, self.checker, self.make_process(), Run()
         out, err = io.StringIO(), io.StringIO()
@@ -204,10 +201,6 @@ class Stage:
         return found
 
     # ----- files ----------------------------------------------------------------------------------
-
-    def settings_of(self, workers: int, **more: Any) -> Any:
-        where = {"token": self.world.token, "base_url": "https://api.devrev.ai"}
-        return self.module.ApiSettings(**where, workers=workers, **more)
 
     def note_undo(self, path: str) -> None:
         if path not in self.undos:
