@@ -55,7 +55,8 @@ class Fault:
     other, other-after: a status and what comes with it, as JSON, or as HTML where it is text
 
     A 429 says in the header and in the body how long to wait, 429-body and 429-header in one of
-    them, 429-bare nowhere.
+    them, 429-bare nowhere. A new kind needs a name in one of the lists above, and what
+    struck_before or struck_after makes of it.
     """
 
     kind: str
