@@ -251,7 +251,10 @@ def test_a_new_file_never_takes_the_place_of_another(
     if not can_link:
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.ENOTSUP, "x")))
     environment, path = tool.Environment(tool.ApiSettings(token="")), tmp_path / ("x" * 250)
+    flushed = Mock()
+    monkeypatch.setattr(environment, "fsync_dir", flushed)
     tool.write_new_file(environment, path, [b"one"])
+    flushed.assert_called_with(tmp_path)
     with pytest.raises(tool.FatalError, match="already exists"):
         tool.write_new_file(environment, path, [b"two"])
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
@@ -262,7 +265,8 @@ def test_a_new_file_never_takes_the_place_of_another(
 
 @posix
 @pytest.mark.parametrize(
-    "path", ["taken/file.csv", "taken", "link", "missing/new.csv", "taken/file.csv/new.csv"]
+    "path",
+    ["taken/file.csv", "taken", "link", "dangling", "missing/new.csv", "taken/file.csv/new.csv"],
 )
 def test_a_path_that_can_not_be_written_is_refused_before_any_request(
     scene: Scene, path: str
@@ -270,11 +274,13 @@ def test_a_path_that_can_not_be_written_is_refused_before_any_request(
     scene.pair(1)
     Path("taken").mkdir()
     Path("taken/file.csv").write_text("mine", encoding="utf-8")
-    Path("link").symlink_to("nowhere")
+    Path("empty").touch()
+    Path("link").symlink_to("empty")
+    Path("dangling").symlink_to("nowhere")
     run = scene.run("--export", path)
     assert run.code == 2 and run.requests == [] and f"error: {path} " in run.err
     assert Path("taken/file.csv").read_text(encoding="utf-8") == "mine"
-    assert not Path("nowhere").exists()
+    assert Path("empty").stat().st_size == 0 and not Path("nowhere").exists()
 
 
 def test_a_file_that_appears_meanwhile_is_left_as_it_is(seeded: Scene) -> None:
