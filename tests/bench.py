@@ -1,6 +1,6 @@
 """What a run costs, each figure beside a yardstick that was measured in the same run.
 
-    python -m tests.bench                          everything, some two minutes
+    python -m tests.bench                          everything, a minute
     python -m tests.bench --only latency           one part (may be repeated)
     python -m tests.bench --only csv --rows 100000 a smaller CSV
 
@@ -16,8 +16,6 @@ quota       The last of n requests can't leave before ceil(n / limit) - 1 window
             the floor for the time of the whole process. A 429 was sent for nothing.
 latency     n requests of one latency each over w workers can't take less than n * latency / w.
             Starting Python and one merge's delay are subtracted.
-cpu         Processor time a request, of the whole process. The yardstick is a loop that sends as
-            many requests with `requests`, parses the answers, and does nothing else.
 csv         `--preview` of a big export against pandas, which counts the two kinds of references
             per email: the least that any detection has to do. The targets are for a million rows.
 start       What `--help` and the preview of two rows take, against a Python that does nothing.
@@ -153,39 +151,6 @@ def bench_latency(_rows: int) -> Iterator[Figure]:
     yield Figure("  connections opened", str(tool.connections), f"{WORKERS} workers")
 
 
-LOOP = """
-import json, sys, requests
-url, token, count, work = sys.argv[1:]
-session = requests.Session()
-for _ in range(int(count)):
-    answer = session.post(url + "/timeline-entries.list", json={"object": work, "limit": 100},
-                          headers={"Authorization": "Bearer " + token}, timeout=30)
-    json.loads(answer.content)
-"""
-
-
-def bench_cpu(_rows: int) -> Iterator[Figure]:
-    if os.name == "nt":
-        return
-    import resource
-
-    def spent() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    begun = spent()
-    tool = run_tool(organisation_of(200))
-    each = (spent() - begun) / tool.total
-    organisation = organisation_of(1, 1, 1)
-    with Sandbox(organisation) as sandbox:
-        begun = spent()
-        facts = (sandbox.url, sandbox.token, str(tool.total), next(iter(organisation.works)))
-        subprocess.check_call([PYTHON, "-c", LOOP, *facts])
-    loop = (spent() - begun) / tool.total
-    what = f"processor time a request ({tool.total} requests)"
-    yield at_most(what, each / loop, 2.0, f"{each * 1000:.2f} ms", f"{loop * 1000:.2f} ms")
-
-
 PANDAS = """
 import sys
 import pandas
@@ -206,18 +171,16 @@ def bench_csv(rows: int) -> Iterator[Figure]:
             commands.append([PYTHON, "-c", PANDAS, str(path)])
         tool, *others = least_use(commands, folder, [f"{pairs:,} pairs to merge", str(pairs)])
         size = path.stat().st_size / 1e6
-    figures = [
-        Figure(f"preview of {rows:,} rows ({size:.0f} MB)", f"{tool.seconds:.2f} s", "no pandas"),
-        Figure("  rows a second", f"{rows / tool.seconds:,.0f}"),
-        Figure("  peak memory", tool.memory, "no pandas"),
-    ]
+    name, seconds = f"preview of {rows:,} rows ({size:.0f} MB)", f"{tool.seconds:.2f} s"
     for other in others:
-        name, ratio = figures[0].name, tool.seconds / other.seconds
-        figures[0] = at_most(name, ratio, 2.0, f"{tool.seconds:.2f} s", f"{other.seconds:.2f} s")
+        ratio = tool.seconds / other.seconds
+        yield at_most(name, ratio, 2.0, seconds, f"{other.seconds:.2f} s")
         ratio = tool.megabytes / max(other.megabytes, 1)
-        figures[2] = at_most("  peak memory", ratio, 1 / 2, tool.memory, other.memory)
-    for figure in figures:  # below a million rows, starting either is what counts
-        yield figure if rows >= 1_000_000 else figure._replace(target="", met="")
+        yield at_most("  peak memory", ratio, 1 / 2, tool.memory, other.memory)
+    if not others:
+        yield Figure(name, seconds, "no pandas")
+        yield Figure("  peak memory", tool.memory, "no pandas")
+    yield Figure("  rows a second", f"{rows / tool.seconds:,.0f}")
 
 
 def bench_start(_rows: int) -> Iterator[Figure]:
@@ -236,7 +199,7 @@ def bench_start(_rows: int) -> Iterator[Figure]:
 PARTS = {
     part.__name__[len("bench_") :]: part
     for part in (
-        bench_requests, bench_quota, bench_latency, bench_cpu, bench_csv, bench_start,
+        bench_requests, bench_quota, bench_latency, bench_csv, bench_start,
     )
 }  # fmt: skip
 
