@@ -2792,30 +2792,34 @@ class RequestScheduler:
 
         Only what finishes a merge spends the share of others and the units of merges in flight.
         """
-        left = self.quota.room(self._in_flight)
-        room = left
-        if self.client_limit:
-            room = min(room, self.client_limit.room())
+        held = 0.0
         if options.merge not in self._merges:
-            # Merges in flight may wait for lists: of what a window has, two units are not held.
             held = len(self._merges) * self._units_per_merge
-            room -= max(0, min(held, self._window() - 2))
+
+        def free(left: float, window: float) -> float:
+            # Merges in flight may wait for lists: of what a window has, two units are not held.
+            return left - max(0, min(held, window - 2))
+
+        left = self.quota.room(self._in_flight)
+        room = free(left, self._window())
+        if self.client_limit:
+            room = min(room, free(self.client_limit.room(), self.client_limit.calls))
         if options.priority == FINISH:
             return room >= 1
         return room >= self._units_needed(options) and left > self.share_of_others()
 
     def _window(self) -> float:
-        """The most units that can be there at once."""
+        """The most units that DevRev's quota can have at once."""
         window = self.quota.limit or math.inf
         if self.others == self.FEWER:
             window /= self.OTHERS
-        if self.client_limit:
-            window = min(window, self.client_limit.calls)
         return window
 
     def _units_needed(self, options: RequestOptions) -> float:
         """The units that a request asks for, as far as a window can hold them."""
         window = self._window()
+        if self.client_limit:
+            window = min(window, self.client_limit.calls)
         return min(options.units, max(self.LEAST, window / self.PART), window)
 
     def end_merge(self, merge: tuple[str, str]) -> None:
@@ -4099,7 +4103,8 @@ class SavePointFile:
             raise FatalError(EXIT_STOPPED, f"{name} can't be used: {why}") from None
         except sqlite3.Error as error:
             text = str(error)
-            if not isinstance(error, sqlite3.OperationalError) or "no such" in text:
+            is_operational = isinstance(error, sqlite3.OperationalError)
+            if not is_operational or re.search("no such|unsupported file format", text):
                 raise self._damaged(text) from None
             if "locking protocol" in text or not locks_work(self.path):
                 raise FatalError(EXIT_USAGE, f"{name} can't be locked: {NO_LOCKS}") from None

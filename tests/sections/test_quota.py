@@ -241,17 +241,19 @@ def test_only_what_finishes_a_merge_goes_into_the_share_of_others() -> None:
     assert seconds < 1 and until_released > 90
 
 
-def test_what_a_merge_in_flight_needs_is_spent_by_no_other_request() -> None:
-    world = World(0, workers=1)
+@pytest.mark.parametrize("calls, units", [(0, 5), (3, 3)])
+def test_what_a_merge_in_flight_needs_is_spent_by_no_other_request(calls: int, units: int) -> None:
+    world = World(calls, workers=1, period=1.0)
     server = Server(world.clock, 20, 50.0)
 
     async def main() -> float:
-        await asyncio.gather(*(world.request(server) for _ in range(15)))
+        await asyncio.gather(*(world.request(server) for _ in range(20 - units)))
         await world.request(server, MERGES[0])
         kinds = [tool.ANY_OPTIONS] * 5 + [tool.RequestOptions(tool.FINISH)]
         others = [asyncio.ensure_future(world.request(server, one)) for one in kinds]
+        await asyncio.sleep(0)  # they queue up
         begun = world.clock.now
-        for _ in range(4):
+        for _ in range(units - 1):
             await world.request(server, FINISHES)
         finished = world.clock.now - begun
         world.scheduler.end_merge(ONE)

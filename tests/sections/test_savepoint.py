@@ -223,6 +223,7 @@ DAMAGES = [
     lambda data: data[:5000],
     lambda data: data[:50],
     lambda data: data[:4096] + os.urandom(4096) + data[8192:],
+    lambda data: data[:47] + b"\x05" + data[48:],  # a schema that SQLite does not know
     # Only a check of all pages finds one that belongs to nothing.
     lambda data: data[:31] + bytes([data[31] + 1]) + data[32:] + bytes(4096),
 ]
