@@ -6955,6 +6955,7 @@ class Recreation:
                 if is_new and user.get("external_ref") in own:
                     return user
             return None
+        other: Json | None = None
         for holder in await self.api.holders_of(reference, FINISH_OPTIONS):
             if holder["id"] in self.group.ids():
                 continue
@@ -6962,10 +6963,14 @@ class Recreation:
             there = await self.api.contact(holder["id"], FINISH_OPTIONS)
             if there is None or is_gone(there) or there.get("external_ref") != reference:
                 continue
-            if email_of(there) == self.pair.email:
+            rev_org = rev_org_id(there)
+            is_here = rev_org in (None, fields.get("rev_org", rev_org))
+            if is_here and email_of(there) == self.pair.email:
                 return there
+            other = there  # a reference may be unique in its workspace alone
+        if other:
             self.undo.reference_free = False
-            who = f"{there.get('display_id')} <{there.get('email')}>, another contact,"
+            who = f"{other.get('display_id')} <{other.get('email')}>, another contact,"
             raise PairError("external_ref_conflict", f"{who} has the reference {reference} now")
         return None
 
@@ -10151,7 +10156,7 @@ async def check_savepoint(run: RunContext) -> str:
         raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent}: {NO_LOCKS}")
     with open_savepoint(run, readonly=True) as savepoint:
         if savepoint.is_held():
-            holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
+            holder = f"process {savepoint.holder.get('pid')} holds {SAVEPOINT}"
             raise FatalError(EXIT_HELD, f"a run is in progress: {holder}")
         check_not_restored(savepoint)
         return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -361,6 +362,13 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(scene: Scene, 
     assert run.code == (2 if fault else 0) and ("FAILED  access" in run.out) is bool(fault)
     assert ("ticket:read" in run.out) is bool(fault) and not Path("savepoint.db").exists()
     assert run.out.splitlines()[-1] == ("not ready: 1 problem" if fault else "ready")
+
+
+def test_check_says_that_a_savepoint_is_held_which_no_run_has_written_yet(scene: Scene) -> None:
+    with contextlib.closing(sqlite3.connect("savepoint.db")) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        run = scene.run("--check")
+    assert run.code == 2 and "a run is in progress" in run.out
 
 
 def test_check_names_a_file_where_a_run_needs_a_folder(scene: Scene) -> None:

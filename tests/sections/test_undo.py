@@ -519,6 +519,19 @@ def test_a_reference_that_is_taken_meanwhile_is_not_taken_from_another_person(
         assert len(truth(scene)["users"]) == 2 and scene.settle(PERSON1).code == 0
 
 
+@pytest.mark.parametrize("email", [PERSON1, "other@example.com"])
+def test_a_contact_of_another_workspace_is_not_taken_for_the_one_whose_answer_was_lost(
+    scene: Scene, email: str
+) -> None:
+    seeded(scene, 1)
+    before = merged(scene)
+    scene.organisation.add_contact("Z", email, "user_1", rev_org="OTHER")
+    scene.lose_answer("rev-users.create")
+    run = scene.undo()
+    assert run.code == 0 and run.report["undone"][0]["contact"]["display_id"] != "REVU-Z"
+    assert truth(scene, names_after(run))["people"] == before["people"]
+
+
 @pytest.mark.parametrize("endpoint", ["rev-users.create", "rev-users.update", "works.update"])
 @pytest.mark.parametrize(
     "kind", ["reset-before", "reset-after", "cut", "500-after", "502", "doubled"]
