@@ -112,6 +112,8 @@ def test_without_timelines_the_manifest_says_so(scene: Scene) -> None:
     run = scene.merge("--no-timelines")
     backup = Path(run.report["successful_merges"][0]["backup"])
     assert json.loads((backup / "manifest.json").read_bytes())["timelines"] is False
+    files = [backup / "manifest.json", *backup.glob("*/contact.json")]
+    assert [path.read_text()[:3] for path in files] == ["{\n "] * 3, "people read them"
     assert scene.count("timeline-entries.list") == 0
 
 
@@ -361,7 +363,12 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(scene: Scene, 
         assert words in run.out
     assert run.code == (2 if fault else 0) and ("FAILED  access" in run.out) is bool(fault)
     assert ("ticket:read" in run.out) is bool(fault) and not Path("savepoint.db").exists()
-    assert run.out.splitlines()[-1] == ("not ready: 1 problem" if fault else "ready")
+    verdict = "not ready: 1 problem" if fault else "ready"
+    assert run.out.splitlines()[-1] == verdict
+    found = json.loads(scene.run("--check", "--csv", "contacts.csv", "--json").out)
+    assert (found["verdict"], found["ready"], len(found["notes"])) == (verdict, not fault, 2)
+    assert [one["ok"] for one in found["checks"]] == [True, True, not fault, True, True]
+    assert all(one["says"] in run.out for one in found["checks"] if one["check"] != "savepoint")
 
 
 def test_check_says_that_a_savepoint_is_held_which_no_run_has_written_yet(scene: Scene) -> None:
@@ -391,6 +398,10 @@ def test_status_tells_what_the_savepoint_knows(scene: Scene) -> None:
     assert re.search(r"unfinished +person2@.* merge_not_confirmed", out)
     assert re.search(r"failed +person1@.* count_mismatch", out)
     found = json.loads(scene.run("--status", "--json").out)
+    lists = {"unfinished", "failed", "cancelled", "references_to_set"}
+    facts = {"schema", "savepoint", "running", "last_opened", "organisation", "counts", "last_run"}
+    assert set(found) == facts | lists and "SANDBOX1" in found["organisation"]
+    assert not found["running"] and found["last_opened"]["pid"]
     assert found["counts"] == {"done": 1, "failed": 1, "acknowledged": 1}
     assert (found["last_run"]["pairs"], found["last_run"]["pairs_ended"]) == (3, 2)
     assert [one["code"] for one in found["failed"]] == ["count_mismatch"]
@@ -418,11 +429,14 @@ def test_verify_backups_names_what_is_damaged_or_missing(scene: Scene, name: str
     word, damage = DAMAGES[name]
     (folder,) = Path("backups", "person2@example.com").iterdir()
     damage(next(folder.glob(name)) if "*" in name else folder / name)
+    partial = folder.parent / f"{tool.INCOMPLETE_BACKUP}of-a-killed-run"
+    partial.mkdir()
     run = scene.run("--verify-backups")
     found = json.loads(scene.run("--verify-backups", "--json").out)
     bad = bool(name)
     assert word in run.out and run.code == bad and found["complete"] == 3 - bad
     assert len(found["damaged"] + found["missing"]) == bad
+    assert found["partial"] == [str(partial)] and found["folder"] == "backups"
 
 
 def test_verify_backups_of_a_folder_without_backups_is_a_mistake(scene: Scene) -> None:
