@@ -69,6 +69,15 @@ def test_options_that_take_several_values_may_be_repeated() -> None:
     assert list(map(str, [*options.csv, *options.email])) == ["a", "b", "c", "x", "y"]
 
 
+def test_a_value_in_an_env_file_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEVREV_API_TOKEN", "")
+    Path(".env").write_text("DEVREV_API_TOKEN=a${PATH}b\n", encoding="utf-8")
+    assert tool.load_settings(tool.load_environment(), 8).token == "a${PATH}b"
+
+
 # -- which pairs -----------------------------------------------------------------------------------
 
 

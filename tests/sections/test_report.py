@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import re
@@ -288,9 +289,28 @@ def test_report_page_and_table_are_named_and_the_table_has_a_line_a_pair(scene: 
     assert rows == {"1": ("merged", ""), "2": ("failed", "count_mismatch"), "3": unfinished}
     summary = run.report["summary"]
     assert (summary["already_merged"], summary["left"]) == (1, 1)
-    facts = run.report["run"]
-    assert facts["plan_id"] and len(facts["csv"][0]["sha256"]) == 64
     assert run.report["schema"] == tool.SCHEMA
+
+
+def test_a_report_says_how_its_run_went(scene: Scene) -> None:
+    scene.pairs(2)
+    scene.world.set_quota(9, 20.0)
+    merged, undone = scene.merge(), scene.undo()
+    sha256 = hashlib.sha256(Path("contacts.csv").read_bytes()).hexdigest()
+    for run, kind, named in ((merged, "merge", None), (undone, "undo", str(merged.report_path))):
+        facts = run.report["run"]
+        assert (facts["kind"], facts["undo"], facts["version"]) == (kind, named, tool.__version__)
+        assert (facts["exit_code"], facts["stopped"], facts["pairs"]) == (0, None, 2)
+        assert facts["organisation"].endswith("SANDBOX1") and facts["token_owner"]["id"]
+        assert facts["base_url"] == "https://api.devrev.ai" and facts["options"]
+        assert facts["headline"] in run.out and facts["id"] in facts["log"]
+        assert facts["start"][:19] < facts["end"][:19] and facts["quota"]["limit"] == 9
+        assert facts["quota_wait_seconds"] > 20
+        assert facts["requests_total"] == len(run.requests) == sum(facts["requests"].values())
+    assert merged.report["run"]["plan_id"] and undone.report["run"]["plan_id"] is None
+    assert merged.report["run"]["csv"] == [{"path": "contacts.csv", "sha256": sha256}]
+    summary = {"undone": 2, "pairs": 2, "unfinished": 0, "failed": 0, "skipped": 0, "left": 0}
+    assert undone.report["summary"] == {**summary, "undone_before": 0}
 
 
 def test_a_cancelled_merge_is_left_alone_until_it_is_named(scene: Scene) -> None:
