@@ -116,6 +116,23 @@ def test_another_plan_than_the_previewed_one_is_not_merged(scene: Scene) -> None
     assert scene.merged(*pairs)
 
 
+def test_the_plan_id_tells_what_would_be_merged_and_by_which_rules(scene: Scene) -> None:
+    scene.pairs(2)
+    scene.export()
+
+    def id_with(option: str) -> Any:
+        given = ("--csv", "contacts.csv", "--preview", "--json", *option.split())
+        return json.loads(scene.run(*given).out)["summary"]["plan_id"]
+
+    rules = (
+        "", "--count-policy at-least", "--no-timelines", "--primary user", "--across-workspaces",
+        "--try-unverified", "--carry-fields",
+    )  # fmt: skip
+    ids = list(map(id_with, rules))
+    assert len(set(ids)) == len(rules)
+    assert {id_with(option) for option in ("--limit 1", f"--email {ADA}", "--live")} == {ids[0]}
+
+
 def test_without_timelines_the_manifest_says_so(scene: Scene) -> None:
     scene.pair(1)
     run = scene.merge("--no-timelines")

@@ -129,6 +129,13 @@ def test_a_conflict_that_another_contact_explains_keeps_no_other_pair_waiting(
     assert scene.merged(*pairs)
 
 
+def test_one_list_call_serves_many_pairs(scene: Scene) -> None:
+    scene.pairs(25, talk=False)
+    run = scene.merge()
+    lists = [one for one in run.requests if one.endpoint in ("works.list", "rev-users.list")]
+    assert run.code == 0 and len(lists) <= 13 and run.count("rev-users.get") <= 26
+
+
 # -- busy ------------------------------------------------------------------------------------------
 
 
@@ -247,6 +254,21 @@ def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first_in_th
     run = scene.merge(*QUICK)
     asked = [request.endpoint for request in run.requests][:2]
     assert run.code == 0 and asked == ["dev-users.self", "rev-users.get"]
+
+
+def test_while_a_merge_is_open_no_other_of_its_contacts_is_requested(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1)
+    second = scene.organisation.add_contact("B", FIRST)
+    scene.fault("merge-never", "rev-users.merge")
+    scene.merge(*QUICK)
+    assert scene.rows[primary, second]["code"] == "group_incomplete"
+    for _ in range(3):  # that makes it the primary of the next export
+        scene.organisation.add_work(reported_by=[second])
+    scene.export()
+    scene.merge(*QUICK)
+    assert scene.rows[second, primary]["code"] == "group_incomplete"
+    asked = [one.body["secondary_user"] for one in scene.requests("rev-users.merge")]
+    assert set(asked) == {duplicate} and scene.rows[primary, duplicate]["state"] == "acknowledged"
 
 
 @pytest.mark.parametrize("deleted", [True, False])
