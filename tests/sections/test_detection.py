@@ -1,5 +1,7 @@
 """Which contacts are one person: the rules, above all against a slow and obvious reference."""
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import io
@@ -9,21 +11,10 @@ import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
-from typing import (
-    Any,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -77,19 +68,25 @@ def plan_of(
     return tool.detect(contents, choices, primary)
 
 
-def plan_of_file(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Plan:
+def plan_of_file(
+    rows: Iterable[Cells], choices: Mapping[str, str] = {}, cuts: Iterable[int] = ()
+) -> Plan:
+    """The plan of a file with these rows, or of several, where it is cut."""
+    rows = list(rows)
+    places = [0, *sorted(cuts), len(rows)]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "contacts.csv"
-        write(path, rows)
-        return tool.detect(tool.ContactReader([path]).read(choices), choices, "revu")
+        paths = [Path(folder, str(number)) for number in range(1, len(places))]
+        for path, start, end in zip(paths, places, places[1:]):
+            write(path, rows[start:end])
+        return tool.detect(tool.ContactReader(paths).read(choices), choices, "revu")
 
 
-def pairs_of(plan: Plan) -> List[Tuple[str, str, Optional[str]]]:
+def pairs_of(plan: Plan) -> list[tuple[str, str, str | None]]:
     """(primary, duplicate, new reference) of every pair, by the keys of the ids."""
     return [(key_of(pair.primary), key_of(pair.duplicate), pair.new_ref) for pair in plan.pairs()]
 
 
-def codes_of(plan: Plan) -> Dict[str, str]:
+def codes_of(plan: Plan) -> dict[str, str]:
     return {skip.email: skip.code for skip in plan.skipped}
 
 
@@ -114,7 +111,7 @@ def test_the_references_of_a_chosen_group_that_no_contact_keeps_are_named() -> N
         assert {one.external_ref for one in group.lost_refs()} == {"user_5", "user_6"}
 
 
-PRIMARY_USER: List[Tuple[List[Contact], Dict[str, str], List[Any]]] = [
+PRIMARY_USER: list[tuple[list[Contact], dict[str, str], list[Any]]] = [
     ([SYSTEM, USER], {}, [("2", "1", None)]),
     ([SYSTEM, USER, THIRD], {}, [("2", "1", None), ("2", "3", None)]),
     ([SYSTEM, USER, contact("4", "user_4")], {ADA: "user_2"}, [("2", "4", None), ("2", "1", None)]),
@@ -124,7 +121,7 @@ PRIMARY_USER: List[Tuple[List[Contact], Dict[str, str], List[Any]]] = [
 
 @pytest.mark.parametrize(("contacts", "choices", "pairs"), PRIMARY_USER)
 def test_with_the_user_as_primary_no_reference_moves(
-    contacts: List[Contact], choices: Dict[str, str], pairs: List[Any]
+    contacts: list[Contact], choices: dict[str, str], pairs: list[Any]
 ) -> None:
     plan = plan_of(contacts, (), choices, "user")
     assert pairs_of(plan) == pairs
@@ -218,7 +215,7 @@ def test_iso_8601_is_read_and_nothing_else() -> None:
     assert {text: tool.parse_instant(text) for text in INSTANTS} == INSTANTS
 
 
-AGES: List[Tuple[List[str], str, bool]] = [
+AGES: list[tuple[list[str], str, bool]] = [
     # dates of contacts 1, 2 ..., who is the primary, whether age could not decide
     (["2024-01-02T00:00:00+05:00", "2024-01-01T20:00:00Z"], "1", False),
     (["2024-01-01T20:00:00Z", "2024-01-02T00:00:00+05:00"], "2", False),
@@ -232,7 +229,7 @@ AGES: List[Tuple[List[str], str, bool]] = [
 
 @pytest.mark.parametrize(("dates", "primary", "undecided"), AGES)
 def test_of_contacts_with_as_many_tickets_the_oldest_remains(
-    dates: List[str], primary: str, undecided: bool
+    dates: list[str], primary: str, undecided: bool
 ) -> None:
     system = [contact(str(n), f"REVU-{n}", 5, date) for n, date in enumerate(dates, 1)]
     system.append(contact("0", "REVU-0", 4, "?"))  # of another count: its date decides nothing
@@ -287,7 +284,7 @@ def test_what_no_comparison_joins_is_no_look_alike(one: str, other: str) -> None
 # -- the file of choices and the plan's id ---------------------------------------------------------
 
 HEAD = b"EMAIL,EXTERNAL_REF\n"
-CHOICES: Dict[bytes, Any] = {
+CHOICES: dict[bytes, Any] = {
     HEAD + b"ada@example.com,user_1\n": {ADA: "user_1"},
     b'\xef\xbb\xbfWhy,external_ref , Email\r\n\r\nx,user_1, A@x \r\n"a\nb", REVU-2 ,c\r\n': {
         "a@x": "user_1",
@@ -367,14 +364,14 @@ ID, EMAIL, REFERENCE, CREATED, COUNT = (
     COLUMNS.index(name)
     for name in ("REV_USER_ID", "EMAIL", "EXTERNAL_REF", "CREATED_AT", "TICKET_COUNT")
 )
-Merges = Tuple[str, Set[Tuple[str, Optional[str]]]]  # primary, {(duplicate, new reference)}
+Merges = Tuple[str, Any]  # primary, {(duplicate, new reference)}
 
 
 class Outcome(NamedTuple):
     """What detection has to say of a file."""
 
-    pairs: Dict[str, Merges]  # by email
-    skips: Dict[str, str]
+    pairs: dict[str, Merges]  # by email
+    skips: dict[str, str]
     invalid_rows: int
     contacts_read: int
 
@@ -383,7 +380,7 @@ def normal(email: str) -> str:
     return "".join(char.lower() if char.isascii() else char for char in email.strip())
 
 
-def reference_of(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Optional[Outcome]:
+def reference_of(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Outcome | None:
     """The contract's rules, one by one; None where a choice can't be followed."""
     rows = [row for row in rows if row]
     bad = [row for row in rows if not is_good(row)]
@@ -394,8 +391,8 @@ def reference_of(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Opti
     spoilt = {email.casefold() for row in bad for email in addresses(row) if "@" in email}
     chosen = {email for email in choices if email.casefold() not in spoilt}
     spoilt |= {row[EMAIL].casefold() for row in conflicting}
-    pairs: Dict[str, Merges] = {}
-    skips: Dict[str, str] = {}
+    pairs: dict[str, Merges] = {}
+    skips: dict[str, str] = {}
     for email in {normal(row[EMAIL]) for row in distinct} | chosen:
         group = [row for row in distinct if normal(row[EMAIL]) == email]
         users = [row for row in group if row[REFERENCE].startswith("user_")]
@@ -438,7 +435,7 @@ def is_good(row: Cells) -> bool:
     )
 
 
-def addresses(row: Cells) -> Set[str]:
+def addresses(row: Cells) -> set[str]:
     """Whose group a bad row may belong to: any cell's, unless all others are in their place."""
     is_whole = len(row) == len(COLUMNS) and row[ID].strip() and row[REFERENCE].strip()
     is_whole = is_whole and row[COUNT].strip() in COUNTS and row[COUNT + 2].startswith("20")
@@ -472,7 +469,7 @@ SOMEONE = (don("99"), "Eve", EVE, "REVU-99", "", "0", "2024-01-01", "")
 
 
 @st.composite
-def files(draw: Any) -> List[Cells]:
+def files(draw: Any) -> list[Cells]:
     """Rows of contacts; some are there again, changed or spoilt, and lines may be blank."""
     people = draw(st.lists(contacts, min_size=1, max_size=10, unique_by=lambda row: row[ID]))
     again = st.sampled_from(people)
@@ -482,8 +479,8 @@ def files(draw: Any) -> List[Cells]:
     return draw(st.permutations([*people, *odd, SOMEONE]))  # type: ignore[no-any-return]
 
 
-def spoilt_rows(row: Cells) -> "st.SearchStrategy[Cells]":
-    def put(place: int, *values: str) -> "st.SearchStrategy[Cells]":
+def spoilt_rows(row: Cells) -> st.SearchStrategy[Cells]:
+    def put(place: int, *values: str) -> st.SearchStrategy[Cells]:
         return st.sampled_from(values).map(lambda value: (*row[:place], value, *row[place + 1 :]))
 
     return st.one_of(
@@ -505,7 +502,7 @@ def outcome_of(rows: Sequence[Cells], choices: Mapping[str, str] = {}) -> Outcom
     plan = plan_of_file(rows, choices)
     ids = Counter(one.id for group in plan.groups for one in group.contacts())
     assert not ids or max(ids.values()) == 1, "a contact is in two groups, or twice in one"
-    pairs: Dict[str, Merges] = {}
+    pairs: dict[str, Merges] = {}
     for group in plan.groups:
         assert {normal(one.email) for one in group.contacts()} == {group.email}
         assert {pair.primary.id for pair in group.pairs} == {group.primary.id}
@@ -515,7 +512,7 @@ def outcome_of(rows: Sequence[Cells], choices: Mapping[str, str] = {}) -> Outcom
     for skip in plan.skipped:
         assert {normal(one.email) for one in skip.contacts} == {skip.email}
     assert len(plan.groups) + len(plan.skipped) == len({*pairs, *codes_of(plan)})
-    at: Dict[int, Cells] = {}  # line -> its row
+    at: dict[int, Cells] = {}  # line -> its row
     for row in (("",), *rows):
         at.update(dict.fromkeys(range(len(at) + 1, len(at) + 2 + "".join(row).count("\n")), row))
     named = [bad.line for bad in plan.invalid_rows]
@@ -533,7 +530,7 @@ def outcome_of(rows: Sequence[Cells], choices: Mapping[str, str] = {}) -> Outcom
     ),
 )
 def test_every_file_is_read_and_every_choice_followed_as_the_contract_says(
-    rows: List[Cells], choices: Dict[str, str]
+    rows: list[Cells], choices: dict[str, str]
 ) -> None:
     assert outcome_of(rows) == reference_of(rows)
     expected = reference_of(rows, choices)
@@ -543,15 +540,8 @@ def test_every_file_is_read_and_every_choice_followed_as_the_contract_says(
 
 @examples(150)
 @given(rows=files(), cuts=st.lists(st.integers(0, 14), max_size=4))
-def test_the_split_into_files_makes_no_difference(rows: List[Cells], cuts: List[int]) -> None:
-    places = [0, *sorted(cuts), len(rows)]
-    paths = []
-    with tempfile.TemporaryDirectory() as folder:
-        for start, end in zip(places, places[1:]):
-            paths.append(Path(folder) / f"part_{len(paths)}")
-            write(paths[-1], rows[start:end])
-        plan = tool.detect(tool.ContactReader(paths).read(), {}, "revu")
-    other = plan_of_file(rows)
+def test_the_split_into_files_makes_no_difference(rows: list[Cells], cuts: list[int]) -> None:
+    plan, other = plan_of_file(rows, cuts=cuts), plan_of_file(rows)
     assert pairs_of(plan) == pairs_of(other) and plan.contacts_read == other.contacts_read
     assert codes_of(plan) == codes_of(other) and plan.invalid_counts == other.invalid_counts
     emails = [look["emails"] for look in plan.look_alikes]
@@ -579,7 +569,7 @@ spelled = st.builds(
 @examples(300)
 @given(st.lists(st.tuples(spelled, st.sampled_from(["REVU-", "user_"])), min_size=2, max_size=6))
 def test_no_pair_joins_addresses_that_differ_in_more_than_blanks_and_ascii_case(
-    people: List[Tuple[str, str]],
+    people: list[tuple[str, str]],
 ) -> None:
     rows = {}
     for n, (email, kind) in enumerate(people):
@@ -619,7 +609,7 @@ def test_of_an_email_that_is_requested_every_row_is_kept(tmp_path: Path) -> None
 # -- what DevRev says now --------------------------------------------------------------------------
 
 
-def live(one: Contact, **fields: Any) -> Dict[str, Any]:
+def live(one: Contact, **fields: Any) -> dict[str, Any]:
     """The rev_user that agrees with a row of the export, but for some fields."""
     user = {"id": one.id, "email": one.email, "external_ref": one.external_ref, "state": "active"}
     return {**user, "rev_org": {"type": "rev_org", "id": ORG}, **fields}
@@ -627,7 +617,7 @@ def live(one: Contact, **fields: Any) -> Dict[str, Any]:
 
 OTHER_ORG = {"rev_org": {"type": "rev_org", "id": ORG.replace("ACME", "NORTH")}}
 MERGED = {"primary_identity": {"id": "x"}}
-AGREES: List[Tuple[Optional[Dict[str, Any]], str]] = [
+AGREES: list[tuple[dict[str, Any] | None, str]] = [
     ({}, ""),
     ({"email": " ADA@Example.com "}, ""),
     ({"display_name": "Renamed"}, ""),
@@ -664,7 +654,7 @@ def look(
     of: Group, listed: Iterable[Any] = (), unverified: str = "", unheld: Any = (), **changes: Any
 ) -> tool.LiveGroup:
     """The group as DevRev has it; a change of a contact (by its key, `_1`) to None: it is gone."""
-    users: Dict[str, Optional[Dict[str, Any]]] = {}
+    users: dict[str, dict[str, Any] | None] = {}
     for one in of.all_contacts():
         change = changes.get(f"_{key_of(one)}", {})
         users[one.id] = None if change is None else live(one, **change)
@@ -681,10 +671,10 @@ def result(now: tool.LiveGroup, **options: bool) -> Any:
     return {key_of(pair.duplicate): skip.code for pair, skip in dropped}
 
 
-GONE: List[Optional[Dict[str, Any]]] = [None, {"state": "deleted"}, {"state": "shadow", **MERGED}]
+GONE: list[dict[str, Any] | None] = [None, {"state": "deleted"}, {"state": "shadow", **MERGED}]
 HAS_IT = {"external_ref": "user_2"}
 # What the group is, what DevRev has, the option that is given, and what comes of it.
-CHECKS: List[Tuple[Dict[str, Any], Dict[str, Any], str, Any]] = [
+CHECKS: list[tuple[dict[str, Any], dict[str, Any], str, Any]] = [
     ({}, {}, "", {}),
     *(({}, {"_3": gone}, "", {"3": "already_gone"}) for gone in GONE),
     *(({"primary": "user"}, {"_3": gone}, "", {"3": "already_gone"}) for gone in GONE),
@@ -739,7 +729,7 @@ def test_a_group_is_compared_with_devrev_as_it_is_now(
 def test_the_first_code_in_a_fixed_order_counts() -> None:
     """Each trouble beside all those that come after it."""
     found = []
-    facts: Dict[str, Any] = {"chosen": "user_2", "_1": {}, "_2": {**OTHER_ORG}, "_3": {}}
+    facts: dict[str, Any] = {"chosen": "user_2", "_1": {}, "_2": {**OTHER_ORG}, "_3": {}}
     for name, more in (
         ("_2", {}), ("unverified", "1"), ("listed", [live(NAMESAKE)]),
         ("listed", [live(NAMESAKE), live(STRANGER)]), ("chosen", ""),
@@ -768,7 +758,7 @@ def test_a_pair_that_was_requested_is_not_dropped_and_one_that_was_merged_counts
     assert result(look(half_done, _1=HAS_IT, listed=[live(NAMESAKE)])) == {}, "lists lag"
 
 
-HALF: List[Tuple[Dict[str, Any], bool]] = [
+HALF: list[tuple[dict[str, Any], bool]] = [
     ({}, False), ({"_2": None}, True), ({"_2": {"state": "deleted"}}, True), ({"_2": MERGED}, True),
     ({"_2": {"state": "locked"}}, False), ({"_2": {"state": "locked", "external_ref": "x"}}, True),
     ({"_2": None, "_1": HAS_IT}, False), ({"_2": None, "_1": None}, False),
@@ -787,18 +777,13 @@ def test_when_a_reference_may_be_on_no_contact(changes: Any, may_be: bool) -> No
 
 def test_who_is_unverified_is_said_with_what_it_would_come_to_know_and_counted() -> None:
     move, stay = group().pairs
-    for known, said in (
-        ("1", "REVU-1 is unverified, REVU-2 .* conversations of REVU-2"),
-        ("2", "REVU-2 is unverified, REVU-1 .* conversations of REVU-1"),
-        ("12", "both are unverified, and user_2 has to move"),
-    ):
+    for known, said in (("1", "REVU-1 is .*REVU-2$"), ("2", "REVU-2 is .*REVU-1$"), ("12", "both")):
         assert re.search(said, str(tool.unverified_error(move, set(map(don, known)))))
     assert tool.unverified_error(stay, {don("1"), don("3")}) is None
-    lines = tool.unverified_lines([move, stay], {SYSTEM.id}, True)
-    assert lines[0].startswith("2 pairs whose primary is unverified") and len(lines) == 3
+    lines = tool.unverified_lines([move, stay] * 15, {SYSTEM.id}, True)
+    assert lines[0].startswith("30 pairs whose primary is unverified") and len(lines) == 22
     assert "ada@example.com: REVU-2 into REVU-1" in lines[1]
     assert len(tool.unverified_lines([move, stay], {SYSTEM.id}, False)) == 1
-    assert len(tool.unverified_lines([move] * 30, {SYSTEM.id}, True)) == 22
     (one,) = tool.unverified_lines([move, stay], {USER.id}, True)
     assert one.startswith("1 pair whose duplicate is unverified")
 
@@ -817,7 +802,7 @@ def test_counts_are_compared_as_the_policy_says(exported: int, found: int, accep
 
 # -- what --limit and earlier runs leave -----------------------------------------------------------
 
-LIMITED: List[Tuple[str, Dict[int, str], int, str]] = [
+LIMITED: list[tuple[str, dict[int, str], int, str]] = [
     # pairs of each group, when it was tried, the limit, which groups are kept
     ("111", {}, 1, "0"), ("111", {0: "b"}, 1, "1"), ("111", {0: "b", 1: "b"}, 1, "2"),
     ("111", {0: "b", 1: "c", 2: "a"}, 1, "2"), ("111", {0: "b"}, 2, "12"), ("213", {}, 2, "0"),
@@ -828,7 +813,7 @@ LIMITED: List[Tuple[str, Dict[int, str], int, str]] = [
 
 @pytest.mark.parametrize(("sizes", "tried", "limit", "kept"), LIMITED)
 def test_what_no_run_has_tried_comes_before_what_was_before_the_limit_is_applied(
-    sizes: str, tried: Dict[int, str], limit: int, kept: str
+    sizes: str, tried: dict[int, str], limit: int, kept: str
 ) -> None:
     plan = plan_of([])
     for number, size in enumerate(map(int, sizes)):
@@ -844,7 +829,7 @@ def test_what_no_run_has_tried_comes_before_what_was_before_the_limit_is_applied
 
 
 # Rows of earlier merges: address, ids, state, and the contact that an undo created.
-HISTORY: List[Tuple[List[Tuple[str, str, str, str, str]], str]] = [
+HISTORY: list[tuple[list[tuple[str, str, str, str, str]], str]] = [
     ([], ""),
     ([(ADA, "8", "9", "undone", "")], "undone"),
     ([(ADA, "8", "9", "cancelled", "")], "cancelled"),
@@ -862,8 +847,8 @@ HISTORY: List[Tuple[List[Tuple[str, str, str, str, str]], str]] = [
 
 
 @pytest.mark.parametrize(("rows", "code"), HISTORY)
-def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(rows: List[Any], code: str) -> None:
-    found: Dict[str, List[Pair]] = {"cancelled": [], "undone": []}
+def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(rows: list[Any], code: str) -> None:
+    found: dict[str, list[Pair]] = {"cancelled": [], "undone": []}
     for email, primary, duplicate, state, created in rows:
         people = (contact(key, "", email=email) for key in (primary, duplicate))
         pair = Pair(*people, None, State(state))
@@ -875,7 +860,7 @@ def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(rows: List[Any], c
 
 
 # Rows, whether the address is named; what becomes of the group of 1, 2 and 3.
-KNOWN: List[Tuple[str, bool, str]] = [
+KNOWN: list[tuple[str, bool, str]] = [
     ("", False, "planned planned"),
     ("1 2 done", False, "done planned"),
     ("1 2 done, 1 3 requested", False, "done requested"),
@@ -962,16 +947,9 @@ def test_two_texts_never_share_a_name(one: str, other: str) -> None:
 def test_an_ordinary_email_is_its_own_name_and_no_device_of_windows_is_one() -> None:
     for email in ("ada.reyes@example.com", "femi+support@example.org", "a_b-c@x.example.com"):
         assert tool.safe_name(email) == email
-    for device in DEVICES:
-        for text in (
-            device,
-            device.upper(),
-            f"{device}.txt",
-            f"{device}.",
-            f"{device} ",
-            f"{device}:",
-        ):
-            assert tool.safe_name(text).split(".")[0].casefold() not in DEVICES
+    for device in chain(DEVICES, map(str.upper, DEVICES)):
+        for tail in ("", ".txt", ".", " ", ":"):
+            assert tool.safe_name(device + tail).split(".")[0].casefold() not in DEVICES
 
 
 CONTROLS = [*range(0x20), *range(0x7F, 0xA1), *range(0x200B, 0x2010), *range(0x2028, 0x202F)]
@@ -989,19 +967,14 @@ def test_nothing_that_a_terminal_could_act_on_survives(text: str) -> None:
     assert tool.escape_unprintable(plain) == plain
 
 
-@pytest.mark.parametrize(
-    ("don", "organisation"),
-    [
-        ("don:identity:dvrv-us-1:devo/SANDBOX1:revu/7", "dvrv-us-1:devo/SANDBOX1"),
+def test_an_id_tells_its_organisation() -> None:
+    for identity, organisation in (
+        (don("7"), "dvrv-us-1:devo/SANDBOX1"),
         ("don:core:dvrv-eu-1:devo/1a2B:ticket/7", "dvrv-eu-1:devo/1a2B"),
-        ("REVU-7", ""),
-        ("don:identity:dvrv-us-1:devo/SANDBOX1", ""),
-        (" don:identity:dvrv-us-1:devo/SANDBOX1:revu/7", ""),
+        ("REVU-7", ""), ("don:identity:dvrv-us-1:devo/SANDBOX1", ""), (" " + don("7"), ""),
         ("don:identity:dvrv-us-1:revu/7", ""),
-    ],
-)
-def test_an_id_tells_its_organisation(don: str, organisation: str) -> None:
-    assert tool.organisation_of(don) == organisation
+    ):  # fmt: skip
+        assert tool.organisation_of(identity) == organisation
 
 
 PRIVATE = (
