@@ -75,13 +75,6 @@ def test_a_corrected_choice_is_not_overruled_by_what_was_requested_before(scene:
     assert reference(scene, "U1") == "user_u3"
 
 
-def test_a_choice_that_can_not_be_followed_changes_nothing(scene: Scene) -> None:
-    build(scene)
-    run = scene.merge(*choose(f"{TWINS},REVU-T2", f"{DESK},user_k9"))
-    assert (run.code, run.requests) == (2, [])
-    assert f"user_k9 for {DESK} is not the reference of one contact to choose from" in run.refusal
-
-
 def test_a_template_has_a_line_for_each_contact_that_could_be_kept(scene: Scene) -> None:
     shared = [(f"S{number}", f"user_s{number}") for number in range(5)]
     odd = {"=formula@x": [("F1", "user_f1"), ("F2", "user_f2")], "shared@example.com": shared}
@@ -121,14 +114,6 @@ def test_a_shared_mailbox_is_left_alone_by_what_the_csv_or_devrev_has(
     assert merges(scene) == {("P1", "P2")}
     skipped = {skip["email"]: skip["code"] for skip in run.report["skipped"]}
     assert (skipped if in_csv == size else run.codes) == {email: "shared_mailbox"}
-
-
-def test_with_the_user_as_primary_nothing_is_updated(scene: Scene) -> None:
-    build(scene, {"ada@example.com": [("S0", "user_s0"), ("S1", "REVU-S1"), ("S2", "REVU-S2")]})
-    run = scene.merge("--primary", "user")
-    assert run.code == 0 and run.count("rev-users.update") == 0
-    assert merges(scene) == {("S0", "S1"), ("S0", "S2")} and reference(scene, "S0") == "user_s0"
-    assert {entry["new_external_ref"] for entry in run.report["successful_merges"]} == {None}
 
 
 def test_a_third_contact_that_no_longer_exists_or_is_of_another_workspace_keeps_a_pair_from_nothing(

@@ -36,7 +36,7 @@ def examples(count: int) -> settings:
         max_examples=count * settings.default.max_examples // 100,
         deadline=None,
         database=None,
-        suppress_health_check=[HealthCheck.too_slow],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
 
 

@@ -96,9 +96,8 @@ def test_a_live_preview_of_25_pairs_costs_eight_requests(scene: Scene, shown: st
     scene.export()
     scene.world.verified_shown = shown
     seen = scene.run("--csv", "contacts.csv", "--preview", "--live")
-    answered = [
-        one for one in seen.requests if one.status == 200
-    ]  # others find out what it may list
+    # Others find out what it may list.
+    answered = [one for one in seen.requests if one.status == 200]
     assert "25 ready" in seen.out and len(answered) <= 10
     assert len(scene.merge().report["successful_merges"]) == 25
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -78,13 +79,8 @@ def answering(*answer: Any) -> Respond:
 
 
 def user(identity: str = ONE, **fields: Any) -> Dict[str, Any]:
-    return {
-        "id": identity,
-        "state": "active",
-        "email": "ada@example.com",
-        "external_ref": "REVU-1",
-        **fields,
-    }
+    known = {"id": identity, "state": "active", "email": "ada@example.com"}
+    return {**known, "external_ref": "REVU-1", **fields}
 
 
 # -- a deadline for the complete answer ------------------------------------------------------------
@@ -327,26 +323,27 @@ def test_a_refused_first_page_is_no_matter_of_cursors() -> None:
         ask(answering(400, {"type": "bad_request", "message": "?"}), timeline)
 
 
-@pytest.mark.parametrize(
-    "pages, most",
-    [([[1], *[[]] * 300], 101), ([[1], [2], *[[1]] * 300], 5), ([[1], *[[1], []] * 150], 6)],
-    ids=["a hundred empty", "three seen before", "both by turns"],
-)
-def test_a_list_that_never_ends_is_an_error(pages: Any, most: int) -> None:
-    scripted = Scripted(pages_of(*pages), 1)
+NUMBERS = itertools.count()
+
+
+def same_cursor(_endpoint: str, _body: Dict[str, Any]) -> Answer:
+    return 200, {"timeline_entries": [{"id": str(next(NUMBERS))}], "next_cursor": "same"}
+
+
+NEVER_ENDING = [
+    (pages_of([1], *[[]] * 300), 101),
+    (pages_of([1], [2], *[[1]] * 300), 5),
+    (pages_of([1], *[[1], []] * 150), 6),
+    (same_cursor, 2),
+]
+
+
+@pytest.mark.parametrize("respond, most", NEVER_ENDING)
+def test_a_list_that_never_ends_is_an_error(respond: Respond, most: int) -> None:
+    scripted = Scripted(respond, 1)
     with pytest.raises(tool.NoUsableResponse, match="bring nothing new"):
         scripted.run(timeline)
     assert len(scripted.requests) == most
-
-
-def test_a_cursor_that_repeats_is_an_error() -> None:
-    keys = iter(range(1000))
-
-    def respond(_endpoint: str, _body: Dict[str, Any]) -> Answer:
-        return 200, {"timeline_entries": [{"id": str(next(keys))}], "next_cursor": "same"}
-
-    with pytest.raises(tool.NoUsableResponse, match="bring nothing new"):
-        ask(respond, timeline)
 
 
 SHAPES = [None, {}, ["x"], [{}], [{"id": 7}], [{"id": ""}]]
@@ -576,10 +573,15 @@ EVERY_KIND = ("ticket", "issue", "task", "incident", "opportunity")
 BASE = EVERY_KIND[:2]
 
 
-@pytest.mark.parametrize(
-    "kinds, extra", [(EVERY_KIND, 0), (BASE, 5), ((*BASE, "task", "opportunity"), 5)]
-)
-@pytest.mark.parametrize("status", [400, 403])
+KINDS = [  # that are listed, calls to find that out, the status that refuses the others
+    (EVERY_KIND, 0, 400),
+    (BASE, 5, 400),
+    (BASE, 5, 403),
+    ((*BASE, "task", "opportunity"), 5, 403),
+]
+
+
+@pytest.mark.parametrize("kinds, extra, status", KINDS)
 def test_works_of_every_kind_are_listed_but_those_that_are_refused(
     kinds: Any, extra: int, status: int
 ) -> None:
@@ -594,28 +596,28 @@ def test_works_of_every_kind_are_listed_but_those_that_are_refused(
     assert found == kinds and len(server.requests) == 4 + extra
 
 
-def test_a_403_for_tickets_is_no_matter_of_kinds() -> None:
-    async def load(api: "tool.DevRevAPI") -> Any:
-        with pytest.raises(tool.ApiError, match="ticket:read"):
-            await api.objects["owned_by"].load(ONE)
-        return tuple(api.work_kinds)
-
-    found, server = ask(works_of((), status=403), load)
-    assert found == EVERY_KIND and len(server.requests) == 2
+def no_incidents(endpoint: str, body: Dict[str, Any]) -> Answer:
+    status = 409 if body["type"] == [*BASE, "incident"] else 400
+    return works_of((*BASE, "opportunity"), status=status)(endpoint, body)
 
 
-def test_only_a_400_or_403_leaves_a_kind_of_works_out_of_the_backup() -> None:
-    def respond(endpoint: str, body: Dict[str, Any]) -> Answer:
-        status = 409 if body["type"] == [*BASE, "incident"] else 400
-        return works_of((*BASE, "opportunity"), status=status)(endpoint, body)
-
+@pytest.mark.parametrize(
+    "respond, words, kinds",
+    [
+        (works_of((), status=403), "ticket:read", EVERY_KIND),
+        (no_incidents, "409", (*BASE, "incident", "opportunity")),
+    ],
+)
+def test_only_a_400_or_403_leaves_a_kind_of_works_other_than_tickets_out_of_the_backup(
+    respond: Respond, words: str, kinds: Any
+) -> None:
     async def load(api: "tool.DevRevAPI") -> Any:
         for _ in range(2):
-            with pytest.raises(tool.ApiError, match="409"):
+            with pytest.raises(tool.ApiError, match=words):
                 await api.objects["owned_by"].load(ONE)
         return tuple(api.work_kinds)
 
-    assert ask(respond, load)[0] == (*BASE, "incident", "opportunity")
+    assert ask(respond, load)[0] == kinds
 
 
 def test_a_list_of_too_many_contacts_does_not_hide_the_other_kinds() -> None:
@@ -716,45 +718,12 @@ def test_where_another_program_takes_most_of_each_window_pairs_are_merged_all_th
     assert "only a twentieth is left to them" in caplog.text
 
 
-@pytest.mark.parametrize("status, by", [(403, "email"), (406, "id")])
-def test_a_pair_that_a_firewall_refuses_fails_alone_and_says_what_refused_it(
-    scene: Scene, status: int, by: str
-) -> None:
-    pairs = scene.pairs(6)
-    scene.world.firewall = ["person3@example.com" if by == "email" else pairs[2][1]]
-    scene.world.firewall_status = status
-    run = scene.merge()
-    assert run.code == 1 and run.codes == {"person3@example.com": "api_error"}
-    assert re.search(f"{status} .*firewall", run.report["failed_merges"][0]["error"])
-    assert scene.merged(*(pair for pair in pairs if pair != pairs[2]))
-
-
-@pytest.mark.parametrize("endpoint, codes", [("*", (3,)), ("rev-users.merge", (1, 3))])
-def test_a_429_without_a_header_that_never_ends_ends_the_run(
-    scene: Scene, endpoint: str, codes: Any
-) -> None:
-    scene.pairs(2)
-    content = {"type": "too_many_requests", "message": "?"}
-    scene.answer(endpoint, 429, content, skip=5 if endpoint == "*" else 0)
-    run = scene.merge()
-    assert run.code in codes and re.search("over quota|quota is too", json.dumps(run.report))
-    assert scene.clock.now < 1800 and not scene.organisation.merges
-
-
-REFUSED_KINDS = [
-    {"hidden_kinds": ("task",)},
-    {"unknown_kinds": ("task",), "unknown_kinds_answer": "400"},
-    {"unknown_kinds": ("task",), "unknown_kinds_answer": "400-bare"},
-    {"unknown_kinds": ("task",), "unknown_kinds_answer": "403"},
-]
-
-
-@pytest.mark.parametrize("switches", REFUSED_KINDS)
-def test_kinds_of_works_that_are_refused_are_left_out_and_named(
-    scene: Scene, switches: Dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("answer", ["400", "400-bare", "403"])
+def test_kinds_of_works_that_are_refused_are_left_out_and_named(scene: Scene, answer: str) -> None:
     pairs = scene.pairs(2)
-    vars(scene.world).update(switches, long_work_types=True)
+    scene.world.unknown_kinds = ("task",)
+    scene.world.unknown_kinds_answer = answer
+    scene.world.long_work_types = True
     check = scene.run("--check")
     assert check.code == 0 and "task" in check.out
     run = scene.merge()
