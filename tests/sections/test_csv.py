@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import merge_contacts as tool
 from tests.sections.test_detection import examples
+from tests.simulation.expected import email_key
 from tests.support import COLUMNS, Workplace
 
 HEADER = ",".join(COLUMNS)
@@ -631,19 +632,14 @@ def test_a_damaged_export_never_gives_a_wrong_pair(front_door: Any, content: byt
     for cells in rows:
         if len(cells) == len(header) and not any(map(holds_rows, cells)) and "\0" not in str(cells):
             email, identity, reference = (cells[place].strip() for place in places)
-            stand.add((ascii_lower(email), identity, reference))
+            stand.add((email_key(email), identity, reference))
         else:
             for cell in cells:
-                broken.update(ascii_lower(part.strip()) for part in re.split(r"[,\r\n]", cell))
+                broken.update(email_key(part) for part in re.split(r"[,\r\n]", cell))
     for pair in plan["pairs"]:
         assert pair["primary"]["id"] != pair["duplicate"]["id"] and pair["email"] not in broken
         for one in (pair["primary"], pair["duplicate"]):
             assert (pair["email"], one["id"], one["external_ref"]) in stand
-
-
-def ascii_lower(cell: str) -> str:
-    """An address as groups compare it, without any of the tool's own code."""
-    return "".join(char.lower() if "A" <= char <= "Z" else char for char in cell)
 
 
 def rows_of(content: bytes) -> List[List[str]]:
