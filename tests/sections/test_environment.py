@@ -388,28 +388,19 @@ def test_a_folder_whose_name_is_no_utf_8_is_a_folder_like_any_other(place: Workp
 RECORDER = """
 import http.client
 events = open("events.txt", "w", buffering=1)
-real = {name: getattr(os, name) for name in ("open", "mkdir", "replace", "fsync", "unlink")}
+flush = os.fsync
 def tell(*words):
     events.write(" | ".join(str(word) for word in words) + chr(10))
-def plain(given):  # before Python 3.10 pathlib makes methods of these
-    return [one for one in given if hasattr(one, "__fspath__") or isinstance(one, (int, str))]
-def recording_open(*given, **options):
-    given = plain(given)
-    handle = real["open"](*given, **options)
-    if given[1] & os.O_CREAT:
-        tell("create", os.path.abspath(given[0]))
-    return handle
 def recording_fsync(handle):
-    real["fsync"](handle)
+    flush(handle)
     tell("flush", os.readlink(f"/proc/self/fd/{handle}"))
-def recording(name):
-    def call(*given, **options):
-        given = plain(given)
-        real[name](*given, **options)
-        tell(name, *[os.path.abspath(path) for path in given if not isinstance(path, int)])
-    return call
-os.open, os.fsync = recording_open, recording_fsync
-os.mkdir, os.replace, os.unlink = recording("mkdir"), recording("replace"), recording("unlink")
+os.fsync = recording_fsync
+def record(event, given):
+    is_new = event == "open" and given[2] & os.O_CREAT and not isinstance(given[0], int)
+    if is_new or event in ("os.mkdir", "os.rename", "os.remove"):
+        paths = given[: 2 if event == "os.rename" else 1]
+        tell(event, *[os.path.abspath(path) for path in paths])
+sys.addaudithook(record)
 putrequest = http.client.HTTPConnection.putrequest
 def recording_putrequest(self, method, url, *args, **options):
     tell("request", url)
@@ -428,23 +419,23 @@ def lost_in_a_power_cut(events: List[List[str]]) -> Dict[str, Set[str]]:
     names: Set[str] = set()  # paths that may be lost
     found: Dict[str, Set[str]] = {}
     for number, (what, path, *more) in enumerate(events):
-        if what == "create":
+        if what == "open":
             contents.add(path)
-        if what in ("create", "mkdir"):
+        if what in ("open", "os.mkdir"):
             names.add(path)
         if what == "flush":
             contents.discard(path)
             names = {one for one in names if str(Path(one).parent) != path}
-        if what == "unlink":
+        if what == "os.remove":
             contents.discard(path)
             names.discard(path)
-        if what == "replace":
+        if what == "os.rename":
             inside = {one for one in contents | names if one.startswith(f"{path}/")}
             assert not inside and path not in contents, f"{path} is renamed before it is flushed"
             names.discard(path)
             names.add(more[0])
         if what == "request" and path.endswith("rev-users.merge"):
-            found[f"{number}: {path}"] = contents | names
+            found[str(number)] = contents | names
     found["the end"] = contents | names
     return found
 
@@ -458,8 +449,8 @@ def test_a_power_cut_loses_no_backup_of_a_requested_merge_and_no_report(place: W
     assert len(moments) == len(pairs) + 1
     for moment, lost in moments.items():
         assert [path for path in lost if "/logs/" not in path] == [], moment
-    assert sum("manifest.json" in line and line.startswith("create") for line in lines) == 1
-    assert sum("/reports/" in line and line.startswith("replace") for line in lines) == 3
+    assert sum("manifest.json" in line and line.startswith("open") for line in lines) == 1
+    assert sum("/reports/" in line and line.startswith("os.rename") for line in lines) == 3
 
 
 def test_each_write_of_the_savepoint_is_flushed_by_sqlite(folder: Path) -> None:
