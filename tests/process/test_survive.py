@@ -64,41 +64,32 @@ def survive(folder: Path, kind: str, number: int, stage: str, gone: str) -> bool
 
 @posix
 @pytest.mark.slow
+@pytest.mark.parametrize("kind, every, least", [("request", 1, 20), ("write", 2, 50)])
 @pytest.mark.parametrize("part", range(4))
-def test_a_run_killed_at_any_request_is_finished_by_the_next(tmp_path: Path, part: int) -> None:
-    """All requests; before and after take turns. (Every step of a life: tests/simulate.py.)"""
-    number = 1 + part
-    stages = "before", "after"
-    while survive(tmp_path / str(number), "request", number, stages[number % 2], GONE[part]):
-        number += 4
-    assert number > 20
-
-
-@posix
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
-def test_a_run_killed_at_any_durable_write_is_finished_by_the_next(
-    tmp_path: Path, part: int
+def test_a_run_killed_at_any_request_or_durable_write_is_finished_by_the_next(
+    tmp_path: Path, kind: str, every: int, least: int, part: int
 ) -> None:
-    """Every other write; before and after take turns."""
-    number = 1 + 2 * part
-    stages = "before", "after"
-    while survive(tmp_path / str(number), "write", number, stages[number // 8 % 2], GONE[part]):
-        number += 8
-    assert number > 50
+    """Every request, every other write; before and after take turns.
+
+    Every step of a life: tests/simulate.py.
+    """
+    number = 1 + every * part
+    stages = ("before", "after")
+    while survive(tmp_path / str(number), kind, number, stages[number // 8 % 2], GONE[part]):
+        number += 4 * every
+    assert number > least
+
+
+STEPS = [
+    ("request", 18, "before", "primary"),
+    ("request", 20, "after", "404"),
+    ("write", 42, "before", "404"),
+    ("write", 45, "after", "301"),
+]
 
 
 @posix
-@pytest.mark.parametrize(
-    "kind, number, stage, gone",
-    [
-        ("request", 18, "before", "primary"),
-        ("request", 20, "after", "404"),
-        ("request", 22, "before", "state"),
-        ("write", 42, "before", "404"),
-        ("write", 45, "after", "301"),
-    ],
-)
+@pytest.mark.parametrize("kind, number, stage, gone", STEPS)
 def test_a_run_killed_at_some_steps_is_finished_by_the_next(
     tmp_path: Path, kind: str, number: int, stage: str, gone: str
 ) -> None:
@@ -108,14 +99,11 @@ def test_a_run_killed_at_some_steps_is_finished_by_the_next(
 # -- interrupted politely --------------------------------------------------------------------------
 
 
+ENDPOINTS = ("timeline-entries.list", "rev-users.merge", "rev-users.get")
+
+
 @posix
-@pytest.mark.parametrize(
-    "number, at",
-    diagonal(
-        (signal.SIGINT, signal.SIGTERM),
-        ("timeline-entries.list", "rev-users.merge", "rev-users.get"),
-    ),
-)
+@pytest.mark.parametrize("number, at", diagonal((signal.SIGINT, signal.SIGTERM), ENDPOINTS))
 def test_an_interrupted_run_reports_and_is_resumed(place: Workplace, number: int, at: str) -> None:
     process: List[Any] = []
 
