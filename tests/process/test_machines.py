@@ -317,12 +317,6 @@ def test_names_of_files_are_in_utc(place: Workplace) -> None:
     assert before <= reports(place)[0].stem[-15:] <= after and before <= backup.name <= after
 
 
-def test_names_sort_also_in_the_hour_that_autumn_has_twice() -> None:
-    hour = 1761438600  # 2025-10-26 00:30 UTC, the first 02:30 in Berlin
-    names = [tool.timestamp_name(hour + step) for step in (0, 1800, 3600, 5400)]
-    assert names == sorted(names) and names[0] == "20251026_003000"
-
-
 def test_history_of_another_folder_is_refused_with_the_folder_to_run_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

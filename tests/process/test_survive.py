@@ -11,7 +11,6 @@ import pytest
 
 from tests.sandbox import Fault, Organisation, Request, Sandbox
 from tests.support import (
-    ROOT,
     Workplace,
     assert_merged,
     diagonal,
@@ -21,7 +20,34 @@ from tests.support import (
 
 GONE = ("404", "301", "state", "primary")
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals, permissions or mounts")
-KILLER = [sys.executable, str(ROOT / "tests" / "process" / "killer.py")]
+
+# A durable write is a flush to the disk, a rename, or a commit of the savepoint.
+KILL = """
+import signal, threading
+lock = threading.Lock()
+count = 0
+def counted(work):
+    def call(*args, **options):
+        global count
+        with lock:
+            count += 1
+            is_here = count == {number}
+        if is_here and "{stage}" == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = work(*args, **options)
+        if is_here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+class Connection(sqlite3.Connection):
+    def execute(self, statement, *args):
+        plain = super().execute
+        return (counted(plain) if statement == "COMMIT" else plain)(statement, *args)
+connect = sqlite3.connect
+sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
+os.fsync = counted(os.fsync)
+os.replace = counted(os.replace)
+"""
 
 
 def survive(folder: Path, kind: str, number: int, stage: str, gone: str) -> bool:
@@ -51,8 +77,10 @@ def survive(folder: Path, kind: str, number: int, stage: str, gone: str) -> bool
                 processes[0].wait()
 
         sandbox.on_request = kill
-        python = [*KILLER, str(number), stage] if kind == "write" else []
-        processes.append(place.start(sandbox, "--merge-timeout", "8", python=python))
+        extra = {}
+        if kind == "write":
+            extra = place.machine(KILL.format(number=number, stage=stage))
+        processes.append(place.start(sandbox, "--merge-timeout", "8", **extra))
         processes[0].communicate(timeout=60)
         sandbox.faults.clear()
         sandbox.on_request = watch

@@ -290,6 +290,9 @@ def test_only_regular_files_are_opened_and_nothing_is_waited_for(folder: Path) -
     for name in ("link", "pipe", "/dev/zero", ".", "nothing"):
         with pytest.raises(OSError):
             tool.open_regular(Path(name))
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError):
+            tool.create_anew(Path(name))
 
 
 # ----- bodies that are compressed -----------------------------------------------------------------
