@@ -129,6 +129,17 @@ def test_a_conflict_that_another_contact_explains_keeps_no_other_pair_waiting(
     assert scene.merged(*pairs)
 
 
+def test_merges_that_devrev_carries_out_into_others_stop_a_run(scene: Scene) -> None:
+    scene.pairs(12)
+    other = scene.organisation.add_contact("Z", "another@example.com")
+    merge = scene.organisation.merge
+    scene.organisation.merge = lambda _, *rest: merge(other, *rest)  # type: ignore
+    scene.world.gone = "primary"
+    run = scene.merge(*QUICK)
+    assert run.code == 3 and set(run.codes.values()) == {"merged_into_another"}
+    assert len(scene.organisation.merges) <= 5
+
+
 def test_one_list_call_serves_many_pairs(scene: Scene) -> None:
     scene.pairs(25, talk=False)
     run = scene.merge()
