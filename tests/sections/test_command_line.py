@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import sqlite3
@@ -352,6 +353,29 @@ def test_the_log_has_each_record_in_a_line_without_the_token(terminal: Terminal)
     lines = handler.file.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["INFO", "WARNING", "ERROR"]
     assert "secret" not in "".join(lines)
+
+
+@pytest.mark.parametrize("answer, code", [("merge", 0), ("no", 2), ("", 2)])
+def test_what_a_question_names_is_merged_once_it_is_typed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
+) -> None:
+    scene.pairs(4)
+    for key, reference in (("A", "user_A"), ("B", "user_B"), ("C", "REVU-C")):
+        scene.organisation.add_contact(key, "two@example.com", reference)
+    Path("choices.csv").write_text("EMAIL,EXTERNAL_REF\ntwo@example.com,user_A\n")
+    scene.export()
+    keyboard, typed = os.pipe()
+    os.write(typed, f"{answer}\n".encode())
+    terminal = SimpleNamespace(isatty=lambda: True, fileno=lambda: keyboard)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    run = scene.run("--csv", "contacts.csv", "--choices", "choices.csv")
+    assert run.code == code and len(scene.organisation.merges) == (6 if code == 0 else 0)
+    facts = dict(re.findall(r"^(\w+(?: of)?)  +(.+)$", run.err, re.MULTILINE))
+    assert "dana.developer@" in facts["token of"] and "SANDBOX1" in facts["token of"]
+    assert facts["host"] == "https://api.devrev.ai" and facts["CSV"] == "contacts.csv"
+    assert facts["loses"].startswith("user_B (") and "6 pairs" in facts["plan"]
+    assert re.search(r"REVU-D1 into REVU-P1, .* user_1\n(.*\n){2} +and 3 more\n", run.err)
+    assert re.search(r"about \d\d requests", facts["takes"])
 
 
 # -- modes that only read --------------------------------------------------------------------------
