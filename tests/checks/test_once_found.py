@@ -50,9 +50,7 @@ def test_a_cancelled_pair_whose_primary_was_merged_onward_stays_cancelled(scene:
     assert scene.reference(other) == "REVU-Z"
 
 
-def test_a_merge_that_is_requested_again_and_one_that_waits_to_be_alone_do_not_wait_for_each_other(
-    scene: Scene,
-) -> None:
+def test_what_is_requested_again_and_what_waits_to_be_alone_both_go_on(scene: Scene) -> None:
     """Seed 184 of a later simulation: a lost request, and another that DevRev refused meanwhile."""
     pairs = scene.pairs(3)
     scene.fault("hang", "rev-users.merge", skip=1, times=1)

@@ -114,9 +114,7 @@ def test_no_more_than_five_references_are_on_no_contact(scene: Scene, switch: An
     scene.end()
 
 
-def test_a_conflict_that_another_contact_explains_keeps_no_other_pair_waiting(
-    scene: Scene,
-) -> None:
+def test_a_conflict_that_another_contact_explains_holds_up_no_other_pair(scene: Scene) -> None:
     pairs = scene.pairs(8)
     steal = lambda devrev: devrev.add_contact("THIEF", "thief@example.com", "user_1")  # noqa: E731
     scene.before("rev-users.update", steal, match=of(pairs[0][0]))
@@ -253,9 +251,7 @@ def test_a_lost_backup_keeps_a_merged_pair_open_until_it_is_settled(scene: Scene
 # -- once asked, never forgotten -------------------------------------------------------------------
 
 
-def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first_in_the_next_run(
-    scene: Scene,
-) -> None:
+def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first(scene: Scene) -> None:
     pairs = scene.pairs(5)
     scene.fault("merge-never", "rev-users.merge", match=of(pairs[2][1]))
     run = scene.merge(*QUICK)
@@ -308,9 +304,7 @@ def test_what_was_started_is_finished_before_anything_new_is_backed_up(scene: Sc
     assert endpoints[:first].count("rev-users.update") == 3 and scene.merged(*pairs)
 
 
-def test_what_a_merge_leaves_behind_is_named_and_verified_again_by_the_next_run(
-    scene: Scene,
-) -> None:
+def test_what_a_merge_leaves_behind_is_named_and_verified_again(scene: Scene) -> None:
     primary, duplicate = scene.pair(1, (1, 3))
     left = works_of(scene.organisation, duplicate)[:2]
     scene.fault("merge-leaves", "rev-users.merge", detail=set(left))

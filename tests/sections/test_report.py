@@ -336,9 +336,7 @@ def test_a_cancelled_merge_is_left_alone_until_it_is_named(scene: Scene) -> None
     assert scene.merged(*pairs)
 
 
-def test_a_cancelled_merge_that_devrev_carries_out_after_all_is_finished_and_marked(
-    scene: Scene,
-) -> None:
+def test_a_cancelled_merge_that_is_carried_out_after_all_is_marked(scene: Scene) -> None:
     pairs = scene.pairs(2)
     never_merges(scene, pairs[1][1])
     scene.merge(*QUICK)
