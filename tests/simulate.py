@@ -222,7 +222,6 @@ class Scenario(Stage):
             references = [one["external_ref"] for one in self.organisation.contacts.values()]
             stuck = [one for one in references if chance.random() < 0.1]
             self.organisation.stuck_references.update(stuck)
-            self.stuck.update(stuck)
         if world.quota and self.draws.has("others spend quota", 0.15):
             self.checker.others_spent += 1
             for _ in range(3):

@@ -304,9 +304,8 @@ class InvariantChecker:
             ask.busy |= crowded and status not in (401, 403, 404, 408)
 
     def _asked_in_this_run(self) -> dict[Ids, Ask]:
-        return {
-            ids: asks[-1] for ids, asks in self.asks.items() if asks and asks[-1].run == self.run
-        }
+        last = {ids: asks[-1] for ids, asks in self.asks.items() if asks}
+        return {ids: ask for ids, ask in last.items() if ask.run == self.run}
 
     def _note_poll(self, contact: str, user: Any) -> None:
         exists = isinstance(user, dict) and user.get("id") == contact
@@ -826,9 +825,9 @@ class InvariantChecker:
 
     # ----- a scenario ends ------------------------------------------------------------------------
 
-    def after_life(self, rows: Rows, stuck: set[str]) -> None:
+    def after_life(self, rows: Rows) -> None:
         """Everything was left in peace: each pair has ended, or there is a true reason."""
-        self.reasons.judge(rows, stuck)
+        self.reasons.judge(rows)
         self.undo.after_life(rows)
 
 

@@ -25,7 +25,6 @@ class ReasonChecker:
         self.checker = checker
         self.organisation = checker.organisation
         self.trouble: set[str] = set()
-        self.stuck: set[str] = set()  # references that stay where they are
         self.resting: Rows = {}  # entries of pairs that the last report has not ended
 
     def shows_verified(self, ids: Ids) -> bool:
@@ -59,9 +58,8 @@ class ReasonChecker:
             for thing in expected.versions(self.organisation, object_id, NEVER):
                 self.trouble.update(expected.people_of(thing))
 
-    def judge(self, rows: Rows, stuck: set[str]) -> None:
+    def judge(self, rows: Rows) -> None:
         checker = self.checker
-        self.stuck = stuck
         self.find_trouble()
         last = checker.reports.last
         entries = (*last["failed_merges"], *last["unfinished_merges"])
@@ -104,9 +102,7 @@ class ReasonChecker:
         if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
             return True
         entries = expected.entries_of(row["backup"]).items()
-        items = {
-            contact: {one for one, _ in expected.in_backup(entry)} for contact, entry in entries
-        }
+        items = {contact: set(dict(expected.in_backup(entry))) for contact, entry in entries}
         mine = items.pop(ids[1], set()).difference(*items.values())
         return any(expected.now_of(self.organisation, one) for one in mine)
 
@@ -165,6 +161,7 @@ class ReasonChecker:
         is_missing = len(there) < len(group)
         has_another = primary is not None and primary["external_ref"] not in (reference, None)
         stays = duplicate is not None and (checker.lies or self._is_never_merged(ids))
+        is_stuck = reference in organisation.stuck_references
         can_be_freed = self._can_be_freed(ids, reference)
         # Lists show the merged duplicate for good as it was before.
         is_listed = duplicate is None and world.stays == "own-reference"
@@ -186,7 +183,7 @@ class ReasonChecker:
             "reference_unheld": any(
                 one and not expected.holders(organisation, one) for one in references
             ),
-            "external_ref_conflict": reference in self.stuck or not can_be_freed,
+            "external_ref_conflict": is_stuck or not can_be_freed,
             "left_behind": not all(checker.belongs_to(*one, ids[0]) for one in left),
             "still_listed": is_listed and shown == own_reference(ids[1]),
             "merged_into_another": organisation.survivor(ids[1]) != ids[0],

@@ -101,7 +101,6 @@ class Stage:
         self.checker = InvariantChecker(self.world, clock)
         self.rows: Rows = {}  # of the savepoint, after the last run
         self.undos: list[str] = []  # what was undone, or begun to be
-        self.stuck: set[str] = set()
         self.in_peace = False
         self.tracing = True
         self.events: list[str] = []
@@ -242,7 +241,7 @@ class Stage:
         for path in self.undos:
             self._undo_in_peace(path)
         if self._merge_in_peace():
-            self.checker.after_life(self.rows, self.stuck)
+            self.checker.after_life(self.rows)
             self._settle_in_peace()
 
     def _merge_in_peace(self) -> bool:
