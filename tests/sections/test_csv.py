@@ -152,6 +152,7 @@ OF_ADA = (  # how Ada's address may be written in a bad row
 # A customer chooses their own name: where everything else is in its place, EMAIL alone counts.
 IN_ANY_CELL = (
     ("FULL_NAME", "", False), ("CREATED_AT", "1/31/2024 12:00", False), ("REV_USER_ID", "", True),
+    ("FULL_NAME", ADA_EMAIL, False),
     ("UPDATED_AT", "2024-06-01 12:00:00.000 Z", False), ("REV_USER_ID", "NULL", True),
     ("REV_USER_ID", "x@y", True), ("EXTERNAL_REF", " ", True), ("TICKET_COUNT", "x", True),
     ("CREATED_AT", "", True), ("CREATED_AT", "204", True), ("UPDATED_AT", "Ada", True),
@@ -192,6 +193,9 @@ FILES: Dict[str, Case] = {
     "semicolons and quotes": good('"' + PLAIN.replace(",", '";"').replace("\n", '"\n"')[:-1]),
     "semicolons behind a BOM": good(b"\xef\xbb\xbf" + PLAIN.replace(",", "; ").encode()),
     "semicolons in a file of commas": good(named("Ana;B")),
+    "a semicolon in a header of commas": good(
+        text(*(line + ",x" for line in ADA), header=HEADER + ",NOTES;MORE")
+    ),
     "commas in a file of semicolons": good(
         named("SOMEBODY").replace(",", ";").replace("SOMEBODY", '"a;b,c,d,e,f,g,h,i"')
     ),
@@ -436,7 +440,7 @@ def test_an_export_in_parts_is_read_as_one_and_an_empty_one_passed_over(place: W
         ["--csv", *names],
         ["--csv", *names[::-1]],
         [f"--csv={name}" for name in names],
-        ["--csv", *names[:2], "--csv", *names[2:], "--csv", names[0]],
+        ["--csv", *names[:2], "--csv", *names[2:], "--csv", names[2]],
     ):
         plan = preview(place, *options)
         assert pairs_of(plan) == {ADA_PAIR, EVE_PAIR} and plan["summary"]["contacts_read"] == 5

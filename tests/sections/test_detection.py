@@ -819,7 +819,7 @@ DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 @example("a" * 300 + "@example.com")
 def test_any_text_becomes_one_harmless_name(text: str) -> None:
     name = tool.safe_name(text)
-    assert 0 < len(name) <= 120 and name.isascii()
+    assert 0 < len(name) <= 80 and name.isascii()
     assert not set(name) & set('/\\:*?"<>| \0') and name.isprintable()
     assert name not in (".", "..") and name[-1] not in ". " and name[0] not in ".-"
     assert name.split(".")[0].casefold() not in DEVICES
@@ -844,6 +844,12 @@ def test_two_texts_never_share_a_name(one: str, other: str) -> None:
 def test_an_ordinary_email_is_its_own_name_and_no_device_of_windows_is_one() -> None:
     for email in ("ada.reyes@example.com", "femi+support@example.org", "a_b-c@x.example.com"):
         assert tool.safe_name(email) == email
+    assert [tool.safe_name(text) for text in ("con", "-x", "a.", "")] == [
+        "%63on",
+        "%2Dx",
+        "a%2E",
+        "%",
+    ]
     for device in chain(DEVICES, map(str.upper, DEVICES)):
         for tail in ("", ".txt", ".", " ", ":"):
             assert tool.safe_name(device + tail).split(".")[0].casefold() not in DEVICES
@@ -862,6 +868,21 @@ def test_nothing_that_a_terminal_could_act_on_survives(text: str) -> None:
     assert tool.escape_unprintable(shown) == shown
     plain = "".join(char for char in text if unicodedata.category(char)[0] in "LNP" or char == " ")
     assert tool.escape_unprintable(plain) == plain
+
+
+TEXTS = {
+    **{tool.duration(seconds): text for seconds, text in (
+        (45, "45 s"), (99.4, "99 s"), (99.5, "2 min"), (5969, "99 min"), (5970, "1 h 40 min"),
+        (12_000, "3 h 20 min"), (172_740, "47 h 59 min"), (187_200, "2 d 4 h"))},
+    tool.plural(1, "pair"): "1 pair", tool.plural(1204, "address"): "1,204 addresses",
+    tool.plural(0, "pair"): "0 pairs", tool.minute(tool.iso(0.5)): "1970-01-01 00:00 UTC",
+    tool.iso(0.5): "1970-01-01T00:00:00.500+00:00", " ".join(tool.some("ab", 2)): "a b",
+    " ".join(tool.some("abcd", 2)): "a b and 2 more", " ".join(tool.some("abcde")): "a b c d e",
+}  # fmt: skip
+
+
+def test_numbers_times_and_lists_read_well() -> None:
+    assert list(TEXTS) == list(TEXTS.values())
 
 
 def test_an_id_tells_its_organisation() -> None:

@@ -413,6 +413,14 @@ def test_a_poll_shows_what_has_become_of_the_duplicate_or_nothing(
         assert type(raised.value) is expected
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [(404, {"type": "not_found", "message": "?"}), (200, {"rev_user": user(TWO)}), POLLS[4][0]],
+)
+def test_a_contact_that_is_gone_or_has_become_another_is_none(answer: Any) -> None:
+    assert ask(answering(*answer), get)[0] is None
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
