@@ -1,6 +1,7 @@
 """The request scheduler against servers that count a quota in different ways, in simulated time."""
 
 import asyncio
+import contextlib
 import math
 import random
 import re
@@ -136,6 +137,32 @@ def test_odd_headers_are_ignored(name: str, text: str) -> None:
     assert world.scheduler.quota_seen() is None and world.scheduler.quota.room(0) == math.inf
 
 
+def test_the_answer_with_the_latest_reset_counts_and_none_for_more_than_ten_minutes() -> None:
+    window = tool.QuotaWindow()
+    for remaining, reset, room in ((50, 60, 49), (60, 60, 49), (5, 30, 49), (90, 90, 89)):
+        values = ("100", str(remaining), str(EPOCH + reset + 0.25))
+        answer = tool.HttpResponse(200, Headers(zip(QUOTA_HEADERS, values)), {})
+        window.on_response(answer, 0.0, EPOCH)
+        assert window.room(1) == room
+    assert not window.has_ended(90.25)
+    values = ("100", "0", str(EPOCH + 7200))
+    window.on_response(tool.HttpResponse(200, Headers(zip(QUOTA_HEADERS, values)), {}), 0.0, EPOCH)
+    assert not window.has_ended(600) and window.has_ended(600.02) and window.room(1) == math.inf
+
+
+@pytest.mark.parametrize("nap, waits, is_fresh", [(0, 0.2, True), (1, 0, False), (0, 0.3, False)])
+def test_a_write_rests_on_a_read_of_this_moment(nap: float, waits: float, is_fresh: bool) -> None:
+    world = World()
+    environment = world.scheduler.environment
+    sent = environment.now()
+    world.clock.nap(nap)  # while its answer was on its way
+    read = tool.FreshRead(environment, sent)
+    world.clock.advance(waits)
+    stops = contextlib.nullcontext() if is_fresh else pytest.raises(tool.PreconditionsExpired)
+    with stops:
+        read.require()
+
+
 @pytest.mark.parametrize("calls, period, limit", [(None, 60.0, 200), (10, 2.0, 10), (0, 60.0, 450)])
 def test_the_client_side_limit_holds_where_no_quota_is_announced(
     calls: Optional[int], period: float, limit: int
@@ -255,6 +282,24 @@ def test_a_merge_is_sent_only_where_the_window_covers_it_and_those_in_flight() -
     assert first < 5 and second > 45 and server.refused == 0
 
 
+def test_lists_leave_a_worker_to_what_finishes_a_merge() -> None:
+    world = World(0, workers=2)
+    server = Told(world.clock)
+
+    async def main() -> float:
+        await world.request(server, MERGES[0])
+        lists = [asyncio.ensure_future(world.request(server, latency=99)) for _ in range(2)]
+        await asyncio.sleep(0)  # they queue up
+        begun = world.clock.now
+        await world.request(server, FINISHES)
+        finished = world.clock.now - begun
+        world.scheduler.end_merge(ONE)
+        await asyncio.gather(*lists)
+        return finished
+
+    assert world.run(main()) < 1
+
+
 def test_the_more_urgent_request_goes_first() -> None:
     world = World(0, workers=1)
     order: List[int] = []
@@ -337,6 +382,14 @@ def test_failures_open_the_breaker_for_ever_longer_and_a_good_answer_closes_it(
     assert not breaker.is_tripped
 
 
+def test_what_had_left_before_a_429_tells_nothing_but_a_longer_wait() -> None:
+    breaker = tool.CircuitBreaker(5)
+    for now, status, pause in ((0, 429, 5), (1, 429, 9), (2, 429, 1), (3, 503, 0), (3, 200, 0)):
+        assert breaker.on_response(status, pause, now) == ""
+    assert breaker.open_until == 10 and breaker.is_tripped
+    assert (breaker.over_quota_in_a_row, breaker.failures_in_a_row) == (1, 0)
+
+
 def test_a_request_that_is_not_sent_gives_its_slot_back() -> None:
     world = World(0, workers=1)
 
@@ -354,4 +407,5 @@ def test_what_is_left_of_the_quota_is_told() -> None:
     server = Server(world.clock, 1000, 100.0)
     world.send(server, 300)
     assert tool.requests_per_minute(world.scheduler) == 800
+    assert tool.requests_per_minute(World(10, period=30.0).scheduler) == 20
     assert tool.describe_wait(world.scheduler) == "700 of 1000 units left"

@@ -221,12 +221,24 @@ async def merge(api: "tool.DevRevAPI") -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [(200, {}), (204, b""), (202, b"[]"), (201, {"rev_user": None}), (200, b"{")]
-)
+    "answer",
+    [(200, {}), (204, b""), (202, b"[]"), (201, {"rev_user": None}), (200, b"{"),
+     (200, {"rev_user": user(TWO)})],
+)  # fmt: skip
 def test_any_2xx_acknowledges_a_merge_and_other_endpoints_need_their_object(answer: Answer) -> None:
     assert len(ask(answering(*answer), merge)[1].requests) == 1
     with pytest.raises(tool.NoUsableResponse):
         ask(answering(*answer), set_reference_once)
+
+
+@pytest.mark.parametrize("status, writes", [(400, 1), (401, 0), (403, 0), (409, 1), (500, 1)])
+def test_what_the_token_may_not_do_has_changed_nothing(status: int, writes: int) -> None:
+    async def work(api: "tool.DevRevAPI") -> None:
+        with pytest.raises((tool.PairError, tool.FatalError)):
+            await merge(api)
+        assert api.writes == writes
+
+    assert len(ask(answering(status, {"type": "x", "message": "No."}), work)[1].requests) == 1
 
 
 # -- lists -----------------------------------------------------------------------------------------
@@ -296,6 +308,8 @@ def test_a_list_that_shifts_is_read_again_until_a_reading_adds_nothing(
     else:
         assert "".join(item["id"] for item in scripted.run(timeline)) == ids
     assert len(scripted.requests) == requests
+    limits = [body["limit"] for _, body in scripted.requests if "cursor" not in body]
+    assert limits == [100, 50, 33, 25][: len(limits)]
 
 
 @pytest.mark.parametrize("status", [400, 404])
