@@ -381,22 +381,38 @@ def test_what_a_question_names_is_merged_once_it_is_typed(
 # -- modes that only read --------------------------------------------------------------------------
 
 
-def test_the_preview_names_everything_and_makes_no_request(scene: Scene) -> None:
-    scene.pairs(3)
+def test_the_preview_tells_what_a_run_would_do_and_makes_no_request(scene: Scene) -> None:
+    pairs = scene.pairs(4)
     for number in (1, 2):
         scene.organisation.add_contact(f"S{number}", "shared@example.com", f"user_s{number}")
         scene.organisation.add_contact(f"N{number}", "nouser@example.com")
+    scene.organisation.add_contact("O1", "other@example.com", "crm-1")
     scene.export()
-    out = scene.run("--csv", "contacts.csv", "--preview").out
-    assert out.splitlines()[-1] == "3 pairs to merge, 2 groups skipped"
-    assert scene.world.requests == []
+    preview = ("--csv", "contacts.csv", "--preview")
+    out = scene.run(*preview).out
+    assert out.splitlines()[-1] == "4 pairs to merge, 2 groups skipped"
     assert "SKIPPED several_user_refs: 1 group" in out and "nouser@example.com" in out
-    plan = json.loads(scene.run("--csv", "contacts.csv", "--preview", "--json").out)
-    assert len(plan["pairs"]) == 3 and plan["summary"]["pairs_to_merge"] == 3
-    assert {one["code"] for one in plan["skipped"]} == {"several_user_refs", "no_user_ref"}
-    scene.merge("--limit", "2")
-    lines = scene.run("--csv", "contacts.csv", "--preview").out.splitlines()
-    assert lines[-1] == "1 pair to merge, 2 merged before, 2 groups skipped"
+    assert scene.world.requests == []
+    scene.fault("merge-never", "rev-users.merge", match=lambda body: pairs[1][1] in body.values())
+    scene.merge("--limit", "2", "--merge-timeout", "5")
+    only = ("--email", "person3@example.com")
+    assert scene.run(*preview, *only).out.splitlines()[-1] == (
+        "1 pair to merge, 1 of earlier runs to finish first, 1 remaining (--email, --limit), "
+        "1 merged before"
+    )
+    plan = json.loads(scene.run(*preview, *only, "--json").out)
+    assert plan["summary"].pop("plan_id") and plan["summary"].pop("estimated_requests")
+    assert plan["summary"] == {
+        "contacts_read": 13, "pairs_planned": 4, "pairs_to_merge": 1, "pairs_to_finish": 1,
+        "already_merged": 1, "left": 1, "skipped_groups": 0, "look_alikes": 0, "invalid_rows": 0,
+        "other_references": 1, "other_reference_example": "crm-1",
+    }  # fmt: skip
+    (pair,), (first,) = plan["pairs"], plan["to_finish"]
+    assert (pair["email"], pair["new_external_ref"]) == (only[1], "user_3")
+    for one, ids in ((pair, pairs[2]), (first, pairs[1])):
+        assert (one["primary"]["id"], one["duplicate"]["id"]) == ids
+    keys = {"id", "display_id", "display_name", "external_ref", "tickets"}
+    assert keys <= set(pair["primary"]) & set(pair["duplicate"])
 
 
 @pytest.mark.parametrize("fault", ["", "403"])
