@@ -398,8 +398,8 @@ def expected_of(found: Iterable[Contact], choices: Mapping[str, str], primary: s
             codes[email] = "several_user_refs"
         elif len(group) > 1 and not users:
             codes[email] = "no_user_ref"
-    wanted = second_opinion.plan_of(rows, choices, primary).values()
-    return sorted((*one.ids, one.new_ref or "") for one in wanted), codes
+    wanted = second_opinion.plan_of(rows, choices, primary).items()
+    return sorted((*ids, one.new_ref or "") for ids, one in wanted), codes
 
 
 @examples(500)
