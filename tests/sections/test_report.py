@@ -264,6 +264,44 @@ def test_what_can_be_settled(state: State, code: str) -> None:
     assert tool.settle_error(pair_of(1, State.MERGED, run=NOW, unset_since=NOW))
 
 
+@pytest.mark.parametrize(
+    "code, is_free, can",
+    [
+        ("interrupted", True, False), ("", True, False), ("contact_refused", True, True),
+        ("interrupted", False, True),
+    ],
+)  # fmt: skip
+def test_an_undo_is_settled_unless_its_reference_may_be_on_no_contact(
+    code: str, is_free: bool, can: bool
+) -> None:
+    progress = tool.UndoProgress("reports/x.json", "done", "", 0, reference_free=is_free)
+    pair = pair_of(1, State.UNDOING, code=code, undo=progress)
+    error = tool.settle_error(pair)
+    assert (error == "") is can and (can or "--undo reports/x.json" in error)
+    tool.settle_pair(pair)
+    assert (pair.state, pair.reference_not_set) == (State.UNDO_SETTLED, "user_1" if is_free else "")
+
+
+@pytest.mark.parametrize(
+    "state, code, made, place",
+    [
+        (State.SETTLED, "left_behind", "", PRIMARY.short_id),
+        (State.SETTLED, "not_found", "", "a contact of ana@example.com"),
+        (State.UNDO_SETTLED, "not_restored", "REVU-N", "REVU-N"),
+        (State.UNDO_SETTLED, "not_restored", "", PRIMARY.short_id),
+    ],
+)
+def test_a_reference_on_no_contact_is_named_with_its_place(
+    state: State, code: str, made: str, place: str
+) -> None:
+    progress = tool.UndoProgress("x", "done", "", 0, display_id=made)
+    pair = the_pair(state, code=code, undo=progress, reference_not_set="user_9")
+    words = tool.where_to_set(pair)
+    assert "user_9" in words and f"set it on {place} in DevRev" in words
+    pair.reference_not_set = ""
+    assert tool.where_to_set(pair) == ""
+
+
 def table_of(path: Path) -> List[Mapping[str, str]]:
     """Return the rows of the CSV beside a report."""
     raw = path.with_suffix(".csv").read_bytes()
@@ -429,3 +467,26 @@ def test_a_csv_of_before_an_undo_is_told_what_has_become_of_its_pair(scene: Scen
     Path("contacts.csv").write_text(before)
     codes.append([one["code"] for one in scene.merge().report["skipped"]])
     assert codes == [["undone"], ["merged_again"]]
+
+
+def test_preview_and_report_have_what_was_chosen_and_what_may_be(scene: Scene) -> None:
+    for key, reference in (("A", "user_A"), ("B", "user_B"), ("C", "REVU-C")):
+        scene.organisation.add_contact(key, "chosen@example.com", reference)
+    for key in "XY":
+        scene.organisation.add_contact(key, "open@example.com", f"user_{key}")
+    scene.export()
+    Path("choices.csv").write_text("EMAIL,EXTERNAL_REF\nchosen@example.com,user_A\n")
+    given = ("--choices", "choices.csv")
+    plan = scene.run("--csv", "contacts.csv", *given, "--preview", "--json").out
+    for found in (json.loads(plan), scene.merge(*given).report):
+        (choice,) = found["choices"]
+        assert (choice["email"], choice["kept"]) == ("chosen@example.com", "user_A")
+        assert [one["external_ref"] for one in choice["lost"]] == ["user_B"]
+        (skip,) = found["skipped"]
+        assert (skip["email"], skip["code"]) == ("open@example.com", "several_user_refs")
+        assert skip["reason"].startswith("Several contacts") and "--choices" in skip["advice"]
+        assert [one["external_ref"] for one in skip["contacts"]] == ["user_X", "user_Y"]
+        assert [[*one.values()] for one in skip["choices"]] == [
+            ["open@example.com,user_X", "user_X", "REVU-X"],
+            ["open@example.com,user_Y", "user_Y", "REVU-Y"],
+        ]
