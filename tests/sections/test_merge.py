@@ -177,6 +177,34 @@ def test_a_token_that_may_not_merge_ends_the_run_at_its_first_request(scene: Sce
     assert scene.organisation.merges == []
 
 
+# -- how long is waited ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout, wait", [("120", 10.0), ("20", 5.0)])
+def test_a_lost_request_is_polled_for_and_sent_again(
+    scene: Scene, timeout: str, wait: float
+) -> None:
+    scene.pair(1)
+    scene.fault("reset-before", "rev-users.merge", times=1)
+    assert scene.merge("--merge-timeout", timeout).code == 0
+    first, second = (one.started for one in scene.requests("rev-users.merge"))
+    assert wait <= second - first < wait + 2
+    polls = [one.started for one in scene.requests("rev-users.get") if one.started < second]
+    assert max(after - before for before, after in zip(polls, polls[1:])) < 1.0
+
+
+@pytest.mark.parametrize("kind", ["merge-never", "400"])
+def test_what_devrev_has_answered_is_requested_again_after_the_whole_timeout(
+    scene: Scene, kind: str
+) -> None:
+    scene.pair(1)
+    scene.fault(kind, "rev-users.merge", times=1)
+    assert scene.merge(*QUICK).code == 1
+    assert scene.merge("--merge-timeout", "60").code == 0
+    first, second = (one.started for one in scene.requests("rev-users.merge"))
+    assert 60 <= second - first < 75
+
+
 # -- settling, and what was cancelled --------------------------------------------------------------
 
 
