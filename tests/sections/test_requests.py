@@ -485,6 +485,50 @@ def test_every_message_of_an_error_can_be_stored(status: int, text: Any) -> None
 
 # -- one call for many contacts --------------------------------------------------------------------
 
+SILENT = tool.NoUsableResponse("x.list", "?")
+OVER_QUOTA = tool.ApiError("x.list", 429, "?", {})
+# Keys and how many items are expected of each, what the calls for several raise, and the calls.
+BATCHES: List[Tuple[Dict[str, int], Any, List[str]]] = [
+    ({"a": 1, "b": 1, "c": 1}, None, ["abc"]),
+    ({"a": 100, "b": 1, "c": 100, "d": 100}, None, ["bac", "d"]),
+    ({"a": 125, "b": 125, "c": 1}, None, ["ab", "c"]),
+    ({"a": 300, "b": 0}, None, ["a", "b"]),
+    ({"a": 1, "b": 1, "c": 1}, SILENT, ["abc", "ab", "c", "a", "b"]),
+    ({"a": 1, "b": 1, "c": 1}, OVER_QUOTA, ["abc"]),
+    ({"a": 1, "b": 1, "c": 1}, "an item of somebody else", ["abc", "a", "b", "c"]),
+    (dict.fromkeys("abcdefghijklmnop", 1), SILENT, [""] * 13),
+]
+
+
+@pytest.mark.parametrize("weights, trouble, expected", BATCHES)
+def test_keys_share_a_call_and_one_that_fails_is_halved(
+    weights: Dict[str, int], trouble: Any, expected: List[str]
+) -> None:
+    calls: List[str] = []
+
+    async def lister(keys: Any, options: "tool.RequestOptions") -> "tool.ListResult":
+        assert options.priority == tool.MERGE
+        calls.append("".join(keys))
+        if isinstance(trouble, Exception) and len(keys) > 1:
+            raise trouble
+        owners = ["somebody"] if trouble and len(keys) > 1 else keys
+        return tool.ListResult([{"id": key} for key in owners], tool.Timestamp(0.0, 0.0))
+
+    async def main() -> Any:
+        loader = tool.BatchLoader(lister, tool.CancelToken(), lambda item: {item["id"]})
+        loads = [loader.load(key, weight, tool.MERGE) for key, weight in weights.items()]
+        return await asyncio.gather(*loads, return_exceptions=True)
+
+    found = dict(zip(weights, run_to_the_end(Loop(Clock()), main())))
+    if expected[0]:
+        assert calls == expected
+    assert len(calls) == len(expected)
+    for key, listing in found.items():
+        if trouble and key not in calls:
+            assert listing is trouble
+        else:
+            assert listing.items == [{"id": key}]
+
 
 def people(count: int) -> Dict[str, Dict[str, Any]]:
     emails = [f"person{number}@example.com" for number in range(count)]
@@ -693,16 +737,6 @@ def test_a_setting_of_this_machine_that_can_not_be_used_gets_the_librarys_reason
     assert result.code == 3 and reason in result.err, result
     assert "HTTPS_PROXY" in result.err and "REQUESTS_CA_BUNDLE" in result.err
     assert not re.search("secret|sec/", result.err + place.logs())
-
-
-@pytest.mark.parametrize("status", ["407 Proxy Authentication Required", "403 Forbidden"])
-def test_a_proxy_that_refuses_is_named(
-    place: Workplace, organisation: Organisation, status: str
-) -> None:
-    url, listener = raw_server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode(), b"", 0.0)
-    with listener:
-        result = run_with(place, "https://api.example.com", HTTPS_PROXY=url)
-    assert result.code == 3 and "HTTPS_PROXY" in result.err and status[:3] in result.err, result
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
