@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import merge_contacts as tool
-from tests.sections.test_detection import examples
+from tests.sections.test_detection import cells_of, examples, people
 from tests.simulation.expected import email_key
 from tests.support import COLUMNS, Workplace
 
@@ -570,20 +570,6 @@ def close_log(place: Workplace) -> str:
     return log
 
 
-NAMES = ("Ada", "Okafor Chidi", "\u5c71\u7530", "O'Dell", "")
-people = st.lists(
-    st.builds(
-        row,
-        key=st.integers(1, 60).map("don:identity:dvrv-us-1:devo/SANDBOX1:revu/{}".format),
-        email=st.sampled_from([ADA_EMAIL, EVE_EMAIL, "o'dell@example.com", "Ada@example.com"]),
-        reference=st.sampled_from(["REVU-1", "REVU-2", "user_1", "user_2", "crm"]),
-        name=st.sampled_from(NAMES),
-        tickets=st.sampled_from(["0", "1", "12"]),
-    ),
-    min_size=2,
-    max_size=8,
-    unique_by=lambda line: line.split(",")[0],
-)
 PIECES = (
     '"', '""', '","', ",", "\n", '"\n', "\r", "\0", "\ufeff", " ", "-", "user_", "@", "x", "\u2028",
     "\x1b[0m", ",,,,,,,",
@@ -594,7 +580,8 @@ KINDS = ("insert", "insert", "insert", "replace", "cut", "remove", "again", "dro
 @st.composite
 def mutated(draw: Any) -> bytes:
     """A right file in which some cells have got, lost or changed something."""
-    lines = text(*draw(people)).splitlines()
+    some = draw(st.lists(people, min_size=2, max_size=8, unique_by=lambda one: one.id))
+    lines = text(*(",".join(cells_of(one)) for one in some)).splitlines()
     for _ in range(draw(st.integers(1, 4))):
         number = draw(st.integers(0 if draw(st.integers(0, 9)) == 0 else 1, len(lines) - 1))
         cells = lines[number].split(",")
