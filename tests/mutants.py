@@ -28,7 +28,7 @@ SOURCE = ROOT / "merge_contacts.py"
 LEAST = 0.6  # of the mutants have to be noticed
 TESTS = {  # files in tests/sections, by the first words of a section's title
     "What": "requests merge",
-    "Text": "environment report",
+    "Text": "detection report",
     "Environment": "environment",
     "Contacts": "csv",
     "Detection": "detection choices live",
