@@ -205,6 +205,15 @@ def test_what_devrev_has_answered_is_requested_again_after_the_whole_timeout(
     assert 60 <= second - first < 75
 
 
+def test_an_interrupted_run_waits_ten_seconds_for_requests_under_way(scene: Scene) -> None:
+    scene.pair(1)
+    scene.fault("hang", UPDATE)
+    scene.before(UPDATE, scene.ctrl_c)
+    assert scene.merge().code == 130
+    (update, *_) = scene.requests(UPDATE)
+    assert 10 <= scene.clock.now - update.started < 13
+
+
 # -- settling, and what was cancelled --------------------------------------------------------------
 
 

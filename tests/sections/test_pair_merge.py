@@ -374,3 +374,29 @@ def test_a_run_requests_a_merge_three_times_at_most(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert Played("merge=lost").devrev.asked.count("merge") == 3
+
+
+STOPS = {
+    "ffff": False, "fffff": True, "ffffsffff": False, "ffffsfffff": True,
+    "ffffoff": True, "ooooo": False, "rrrrr": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("outcomes, stops", STOPS.items())
+def test_five_systemic_failures_without_a_success_between_them_stop_a_run(
+    outcomes: str, stops: bool
+) -> None:
+    """f: failed for a reason that may be everybody's, o: for one of its own, r: failed before."""
+    devrev = FakeDevRev()
+    merger = tool.ContactMerger(
+        devrev.api, devrev, tool.MergeOptions("ORG"), lambda _: None, tool.Plan()
+    )
+    for number, outcome in enumerate(outcomes):
+        primary, duplicate = (
+            tool.Contact.from_json({"id": f"{DON}{kind}{number}", "email": EMAIL}) for kind in "PD"
+        )
+        code = "count_mismatch" if outcome == "o" else "api_error"
+        problem = None if outcome == "s" else tool.PairError(code, "why")
+        pair = Pair(primary, duplicate, None)
+        asyncio.run(merger.record_outcome(pair, problem, outcome != "r"))
+    assert bool(merger.draining) is stops
