@@ -205,6 +205,17 @@ def test_what_devrev_has_answered_is_requested_again_after_the_whole_timeout(
     assert 60 <= second - first < 75
 
 
+def test_lists_that_lag_are_read_ever_less_often(scene: Scene) -> None:
+    pair = scene.pair(1, (0, 40), talk=False)  # more than are read one by one
+    scene.clock.advance(100.0)
+    scene.world.list_lag = 90.0
+    assert scene.merge().code == 0 and scene.merged(pair)
+    (update,) = scene.requests(UPDATE)
+    reads = [one.started for one in scene.requests("works.list") if one.started > update.started]
+    gaps = [after - before for before, after in zip(reads, reads[1:])]
+    assert gaps[0] < 2 and gaps[3:] == sorted(gaps[3:]) and 19 < gaps[-1] < 22
+
+
 def test_an_interrupted_run_waits_ten_seconds_for_requests_under_way(scene: Scene) -> None:
     scene.pair(1)
     scene.fault("hang", UPDATE)
