@@ -242,6 +242,9 @@ FILES: Dict[str, Case] = {
     },
     **{f"an id {key!r}": spoilt(bad(key=key)) for key in ("", "  ", "NULL", "\\N", " null ")},
     "empty reference": spoilt(bad(reference="")),
+    "a bad row beside the only good one": spoils(
+        ADA_EMAIL, content=text(bad(tickets="x"), ADA[1], *EVE), lines=[2], pairs=[EVE_PAIR]
+    ),
     "a bad row of somebody else": harmless(bad(email="x@example.com", tickets="?")),
     **{f"a count {cell[:20]!r}": spoilt(bad(tickets=cell)) for cell in BAD_COUNTS},
     **{

@@ -503,6 +503,15 @@ def test_of_an_email_that_is_requested_every_row_is_kept(tmp_path: Path) -> None
         tool.keep_emails(plan, ["f@x", "x@x"])
 
 
+def test_what_no_email_names_is_not_in_the_plan() -> None:
+    eve = [contact("4", "REVU-4", email=EVE), contact("5", "user_5", email=EVE)]
+    for named, pairs, codes in ((EVE, 1, {}), (ADA, 0, {ADA: "no_user_ref"}), ("bad@x", 0, {})):
+        plan = plan_of([SYSTEM, THIRD, *eve], ["bad@x"])
+        plan.look_alikes = [{"emails": [EVE, "e@x"]}]
+        tool.keep_emails(plan, [named])
+        assert plan.count() == pairs == len(plan.look_alikes) and codes_of(plan) == codes
+
+
 # -- what DevRev says now --------------------------------------------------------------------------
 
 
@@ -695,6 +704,15 @@ def test_counts_are_compared_as_the_policy_says(exported: int, found: int, accep
         said = f"has {found} ticket.* says {exported}"
         with contextlib.nullcontext() if passes else pytest.raises(tool.PairError, match=said):
             tool.check_count(group(), one, found, tool.MergeOptions(count_policy=policy))
+
+
+def test_a_primary_that_has_absorbed_a_duplicate_may_have_more_tickets_than_the_csv_says() -> None:
+    absorbed = group()
+    absorbed.pairs[0].state = State.DONE
+    tool.check_count(absorbed, SYSTEM, 9, tool.MergeOptions())
+    for one, found in ((THIRD, 9), (SYSTEM, 2)):
+        with pytest.raises(tool.PairError):
+            tool.check_count(absorbed, one, found, tool.MergeOptions())
 
 
 # -- what --limit and earlier runs leave -----------------------------------------------------------
