@@ -114,17 +114,3 @@ def test_a_shared_mailbox_is_left_alone_by_what_the_csv_or_devrev_has(
     assert merges(scene) == {("P1", "P2")}
     skipped = {skip["email"]: skip["code"] for skip in run.report["skipped"]}
     assert (skipped if in_csv == size else run.codes) == {email: "shared_mailbox"}
-
-
-def test_a_third_contact_that_no_longer_exists_or_is_of_another_workspace_keeps_a_pair_from_nothing(
-    scene: Scene,
-) -> None:
-    for number, fields in enumerate(({"state": "deleted"}, {"rev_org": "NORTH"})):
-        primary, _ = scene.pair(number)
-        email = scene.organisation.contacts[primary]["email"]
-        scene.organisation.add_contact(f"T{number}", email, **fields)
-    scene.export()
-    run = scene.merge()
-    assert run.code == 0 and merges(scene) == {("P0", "D0"), ("P1", "D1")}
-    codes = {skip["code"] for skip in run.report["skipped"]}
-    assert codes == {"already_gone", "different_rev_org"}
