@@ -21,7 +21,7 @@ import pytest
 import merge_contacts as tool
 from tests.sandbox import Organisation, Sandbox
 from tests.simulation.scene import Scene
-from tests.simulation.world import Clock, Headers, Loop, run_to_the_end
+from tests.simulation.world import EPOCH, Clock, Headers, Loop, run_to_the_end
 from tests.support import ROOT, Workplace, organisation_of_pairs
 
 Answer = Any  # status, JSON or raw bytes, perhaps headers
@@ -273,6 +273,14 @@ def test_only_the_absence_of_a_cursor_ends_a_list(pages: Any, ids: str, readings
     items, server = ask(pages_of(*pages), timeline)
     assert "".join(item["id"] for item in items) == ids
     assert len(server.requests) == readings * len(pages)
+
+
+def test_a_list_is_as_old_as_its_first_page() -> None:
+    def read(api: "tool.DevRevAPI") -> Any:
+        return api.pages("timeline-entries.list", "timeline_entries", {})
+
+    listing, server = ask(pages_of([1], [2]), read)
+    assert listing.since.wall == EPOCH + server.times[0] < EPOCH + server.times[1]
 
 
 def readings_of(*readings: Any) -> Respond:
