@@ -282,24 +282,16 @@ def test_an_undo_is_settled_unless_its_reference_may_be_on_no_contact(
     assert (pair.state, pair.reference_not_set) == (State.UNDO_SETTLED, "user_1" if is_free else "")
 
 
-@pytest.mark.parametrize(
-    "state, code, made, place",
-    [
-        (State.SETTLED, "left_behind", "", PRIMARY.short_id),
-        (State.SETTLED, "not_found", "", "a contact of ana@example.com"),
-        (State.UNDO_SETTLED, "not_restored", "REVU-N", "REVU-N"),
-        (State.UNDO_SETTLED, "not_restored", "", PRIMARY.short_id),
-    ],
-)
-def test_a_reference_on_no_contact_is_named_with_its_place(
-    state: State, code: str, made: str, place: str
-) -> None:
-    progress = tool.UndoProgress("x", "done", "", 0, display_id=made)
-    pair = the_pair(state, code=code, undo=progress, reference_not_set="user_9")
-    words = tool.where_to_set(pair)
-    assert "user_9" in words and f"set it on {place} in DevRev" in words
-    pair.reference_not_set = ""
-    assert tool.where_to_set(pair) == ""
+def test_a_reference_on_no_contact_is_named_with_its_place() -> None:
+    progress = tool.UndoProgress("x", "done", "", 0, display_id="REVU-N")
+    for pair, place in (
+        (the_pair(State.SETTLED, code="left_behind", undo=progress), PRIMARY.short_id),
+        (the_pair(State.SETTLED, code="not_found"), "a contact of ana@example.com"),
+        (the_pair(State.UNDO_SETTLED, undo=progress), "REVU-N"),
+    ):
+        assert tool.where_to_set(pair) == ""
+        pair.reference_not_set = "user_9"
+        assert f"user_9 is on no contact; set it on {place} in DevRev" in tool.where_to_set(pair)
 
 
 def table_of(path: Path) -> List[Mapping[str, str]]:
