@@ -107,12 +107,14 @@ def contents() -> Dict[Path, bytes]:
 
 def fill() -> None:
     with opened("20250131_120000") as savepoint:
-        savepoint.save_now([pair_of(1, State.DONE, requested_at=1.0)])
+        savepoint.save_now([pair_of(1, State.VERIFYING, requested_at=1.0)])
         shutil.copy(str(SAVEPOINT), "old-savepoint.db")
         shutil.copy(str(SAVEPOINT_COPY), "old-copy.db")
-        savepoint.save_now([pair_of(2, State.MERGED, requested_at=2.0)])
-        savepoint.save_run(RunRecord("20250131_120000"))
+        savepoint.save_now([pair_of(1, State.DONE, requested_at=1.0)])
         savepoint.save_now([pair_of(3, State.FAILED)])
+        savepoint.save_run(RunRecord("20250131_120000"))
+        savepoint.write({}, organisation="ACME")
+        savepoint.save_now([pair_of(2, State.MERGED, requested_at=2.0)])
 
 
 def swap() -> None:
@@ -142,9 +144,15 @@ def test_a_file_that_is_lost_or_old_loses_nothing(
     happen()
     before = contents()
     with opened("20250131_130000", readonly) as savepoint:
-        assert states(savepoint) == {"p1": "done", "p2": "merged", "p3": "failed"}
+        # What changed last comes last.
+        assert list(states(savepoint).items()) == [
+            ("p1", "done"),
+            ("p3", "failed"),
+            ("p2", "merged"),
+        ]
         assert list(savepoint.runs()) == ["20250131_120000"]
-        assert not caplog.records and savepoint.write_number == 4  # of the newer file
+        assert savepoint.meta["organisation"] == "ACME"
+        assert not caplog.records and savepoint.write_number == 5  # of the newer file
     if readonly:
         assert before == contents()
     else:
@@ -245,9 +253,8 @@ def test_a_damaged_file_is_left_as_it_is_and_the_other_named(
 
 @pytest.mark.parametrize("version", [1, 2, 5])
 def test_state_of_another_format_is_refused(folder: Path, version: int) -> None:
+    fill()
     with database(SAVEPOINT) as db:
-        db.execute("CREATE TABLE pairs (email TEXT)")
-        db.execute("PRAGMA application_id = 0x4D434F4E")
         db.execute(f"PRAGMA user_version = {version}")
     assert f"savepoint.db was left as it is: it has format {version}" in str(refusal())
 
@@ -255,7 +262,7 @@ def test_state_of_another_format_is_refused(folder: Path, version: int) -> None:
 def test_another_programs_database_is_refused(folder: Path) -> None:
     with database(SAVEPOINT) as db:
         db.execute("CREATE TABLE recipes (name TEXT)")
-    refusal()
+    assert "has everything" not in str(refusal())
 
 
 def test_a_run_id_that_a_run_has_already_is_not_given_again(folder: Path) -> None:
