@@ -2686,7 +2686,8 @@ class RequestScheduler:
         self._share_held_back = False  # in this window
         self._has_sent = False  # in this window, beside what finishes merges or asks for the rest
         self._is_asking = False  # a request in flight finds out what is left, or is a probe
-        self._merges: set[tuple[str, str]] = set()  # in flight
+        self._merges: set[Ids] = set()  # in flight
+        self.proving: set[Ids] = set()  # of these, by requests that name no merge
         self._units_per_merge = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._waited = 0.0  # seconds, for DevRev's quota or the client-side limit
@@ -2794,7 +2795,8 @@ class RequestScheduler:
         """
         held = 0.0
         if options.merge not in self._merges:
-            held = len(self._merges) * self._units_per_merge
+            proving = self.proving if options.priority == FINISH else ()
+            held = len(self._merges.difference(proving)) * self._units_per_merge
 
         def free(left: float, window: float) -> float:
             # Merges in flight may wait for lists: of what a window has, two units are not held.
@@ -5390,10 +5392,14 @@ class PairMerge:
         by objects."""
         if status is not DuplicateStatus.CHANGED:
             return status.is_gone
-        self.api.scheduler.end_merge(self.pair.ids)  # objects would wait for the units it holds
-        with contextlib.suppress(ApiError, NoUsableResponse):
+        proving = self.api.scheduler.proving  # objects may spend the units that the merge holds
+        proving.add(self.pair.ids)
+        try:
             return await self.verifier.objects_prove() is True
-        return False
+        except (ApiError, NoUsableResponse):
+            return False
+        finally:
+            proving.discard(self.pair.ids)
 
     async def _send(self) -> State | None:
         """Send the merge request. Return None where it has to be sent again, because DevRev was
@@ -5539,6 +5545,8 @@ class PairMerge:
             asked = self._waited()
             polls += 1
             status = await self._poll()
+            if status is DuplicateStatus.CHANGED:
+                polls += 4  # an object and three lists tell
             if status and await self._shows_merged(status):
                 if self.requests_sent:  # the next merge is polled a little sooner
                     recent.append((0.95 * asked, polls))

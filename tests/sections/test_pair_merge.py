@@ -183,7 +183,7 @@ class Played:
         names = [one for one in given if one != "no-reference"]
         options = tool.MergeOptions("ORG", merge_timeout=20.0, **dict.fromkeys(names, True))
         plan = tool.Plan(wanted={} if "wanted" in script else {pair.ids: pair})
-        merger = tool.ContactMerger(devrev.api, devrev, options, lambda _: None, plan)
+        self.merger = merger = tool.ContactMerger(devrev.api, devrev, options, lambda _: None, plan)
         run = tool.GroupRun(merger, tool.Group(EMAIL, [pair]), [pair], resumed=left != "planned")
         devrev.forget = run.forget_preconditions  # as another pair of the group does
 
@@ -400,3 +400,21 @@ def test_five_systemic_failures_without_a_success_between_them_stop_a_run(
         pair = Pair(primary, duplicate, None)
         asyncio.run(merger.record_outcome(pair, problem, outcome != "r"))
     assert bool(merger.draining) is stops
+
+
+def test_the_objects_that_prove_a_merge_spend_its_units_and_count_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spending = []
+    there = FakeDevRev.there
+
+    def watched(devrev: FakeDevRev, name: str, body: Any) -> list[Any]:
+        if name == "work":
+            spending.append(set(devrev.api.scheduler.proving))
+        return there(devrev, name, body)
+
+    monkeypatch.setattr(FakeDevRev, "there", watched)
+    played = Played("poll=locked")
+    assert spending == [{(P, D)}] and [polls for _, polls in played.merger.recent_merges] == [5]
+    assert not played.devrev.api.scheduler.proving

@@ -266,6 +266,22 @@ def test_what_a_merge_in_flight_needs_is_spent_by_no_other_request(calls: int, u
     assert world.run(main()) < 1 and server.refused == 0
 
 
+def test_what_proves_a_merge_spends_the_units_that_it_holds() -> None:
+    world = World(0, workers=1)
+    server = Server(world.clock, 20, 50.0)
+
+    async def main() -> float:
+        await asyncio.gather(*(world.request(server) for _ in range(15)))
+        await world.request(server, MERGES[0])
+        world.scheduler.proving.add(ONE)
+        begun = world.clock.now
+        for _ in range(4):
+            await world.request(server, tool.RequestOptions(tool.FINISH))
+        return world.clock.now - begun
+
+    assert world.run(main()) < 1
+
+
 def test_a_merge_is_sent_only_where_the_window_covers_it_and_those_in_flight() -> None:
     world = World(0, workers=4)
     server = Server(world.clock, 40, 50.0)
