@@ -503,7 +503,7 @@ BATCHES: List[Tuple[Dict[str, int], Any, List[str]]] = [
     ({"a": 300, "b": 0}, None, ["a", "b"]),
     ({"a": 1, "b": 1, "c": 1}, SILENT, ["abc", "ab", "c", "a", "b"]),
     ({"a": 1, "b": 1, "c": 1}, OVER_QUOTA, ["abc"]),
-    ({"a": 1, "b": 1, "c": 1}, "an item of somebody else", ["abc", "a", "b", "c"]),
+    ({"a": 1, "b": 1, "c": 1}, "somebody else's", ["abc", "a", "b", "c"]),
     (dict.fromkeys("abcdefghijklmnop", 1), SILENT, [""] * 13),
 ]
 
@@ -519,8 +519,8 @@ def test_keys_share_a_call_and_one_that_fails_is_halved(
         calls.append("".join(keys))
         if isinstance(trouble, Exception) and len(keys) > 1:
             raise trouble
-        owners = ["somebody"] if trouble and len(keys) > 1 else keys
-        return tool.ListResult([{"id": key} for key in owners], tool.Timestamp(0.0, 0.0))
+        owners = [trouble] if isinstance(trouble, str) else keys
+        return tool.ListResult([{"id": owner} for owner in owners], tool.Timestamp(0.0, 0.0))
 
     async def main() -> Any:
         loader = tool.BatchLoader(lister, tool.CancelToken(), lambda item: {item["id"]})
@@ -535,7 +535,7 @@ def test_keys_share_a_call_and_one_that_fails_is_halved(
         if trouble and key not in calls:
             assert listing is trouble
         else:
-            assert listing.items == [{"id": key}]
+            assert listing.items == [{"id": trouble if isinstance(trouble, str) else key}]
 
 
 def people(count: int) -> Dict[str, Dict[str, Any]]:
