@@ -110,6 +110,13 @@ def test_the_references_of_a_chosen_group_that_no_contact_keeps_are_named() -> N
         assert {one.external_ref for one in group.lost_refs()} == {"user_5", "user_6"}
 
 
+def test_a_system_made_contact_is_chosen_only_where_the_application_knows_none() -> None:
+    twin = replace(THIRD, external_ref="REVU-1")
+    for contacts in ([SYSTEM, USER], [SYSTEM, twin], [THIRD], []):
+        with pytest.raises(tool.FatalError, match=f"--choices: REVU-1 for {ADA}"):
+            plan_of(contacts, choices={ADA: "REVU-1"})
+
+
 PRIMARY_USER: list[tuple[list[Contact], dict[str, str], list[Any]]] = [
     ([SYSTEM, USER], {}, [("2", "1", None)]),
     ([SYSTEM, USER, THIRD], {}, [("2", "1", None), ("2", "3", None)]),

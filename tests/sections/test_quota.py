@@ -139,8 +139,10 @@ def test_odd_headers_are_ignored(name: str, text: str) -> None:
 
 def test_the_answer_with_the_latest_reset_counts_and_none_for_more_than_ten_minutes() -> None:
     window = tool.QuotaWindow()
-    for remaining, reset, room in ((50, 60, 49), (60, 60, 49), (5, 30, 49), (90, 90, 89)):
-        values = ("100", str(remaining), str(EPOCH + reset + 0.25))
+    for remaining, reset, room in (
+        (50, 60.25, 49), (60, 60.25, 49), (5, 30.25, 49), (90, 90.25, 89), (95, 91, 89)
+    ):  # fmt: skip
+        values = ("100", str(remaining), str(EPOCH + reset))
         answer = tool.HttpResponse(200, Headers(zip(QUOTA_HEADERS, values)), {})
         window.on_response(answer, 0.0, EPOCH)
         assert window.room(1) == room
@@ -198,6 +200,21 @@ def test_where_others_leave_less_than_their_share_a_twentieth_is_left_to_them(
     assert re.match(words, tool.describe_wait(world.scheduler))
     world.scheduler.waiting_for = world.scheduler.FAILURES
     assert tool.describe_wait(world.scheduler) == "waiting 7 s (DevRev fails)"
+
+
+def test_what_finishes_a_merge_is_no_sign_that_others_leave_enough() -> None:
+    world = World(None)
+    server = Server(world.clock, 100, 10.0, others=85)
+
+    async def main() -> None:
+        await world.request(server)
+        held = [asyncio.ensure_future(world.request(server)) for _ in range(2)]
+        await asyncio.sleep(11)  # the first has found out that the second window is no better
+        await world.request(server, tool.RequestOptions(tool.FINISH))
+        await asyncio.gather(*held)
+
+    world.run(main())
+    assert world.scheduler.others == world.scheduler.FEWER
 
 
 def test_an_interrupted_wait_counts_and_failures_are_no_wait_for_quota() -> None:
