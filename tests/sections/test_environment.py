@@ -346,6 +346,19 @@ def test_the_body_of_a_redirect_is_never_read_as_a_whole(monkeypatch: pytest.Mon
     assert answer.status == 302 and not read_whole
 
 
+def test_a_request_that_has_no_connection_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be sent again, whatever it is; after a silence it may have reached DevRev."""
+    silent, listener = raw_server(b"", b"", 0.0)
+    proxy, refusing = raw_server(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", b"", 0.0)
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    places = {"http://127.0.0.1:9": False, "https://api.example.com": False, silent: True}
+    with listener, refusing:
+        for url, is_sent in places.items():
+            transport = tool.HttpTransport(tool.ApiSettings(token="token", base_url=url))
+            answer = transport.post("rev-users.merge", {}, 0.5)
+            assert answer.status is None and answer.problem and answer.sent is is_sent, url
+
+
 # ----- folder names that are not UTF-8 ------------------------------------------------------------
 
 
