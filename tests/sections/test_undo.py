@@ -529,7 +529,7 @@ def test_lost_answers_make_no_contact_twice(scene: Scene, kind: str, endpoint: s
     assert_undone(scene, before, scene.undo())
 
 
-@pytest.mark.parametrize("kind", ["reset-before", "reset-after"])
+@pytest.mark.parametrize("kind", ["reset-before", "reset-after", "kill"])
 def test_a_contact_without_its_reference_is_made_once_too(scene: Scene, kind: str) -> None:
     """The system's references may not be given: it is known by its email and its being new."""
     with_a_third(scene)
@@ -539,9 +539,12 @@ def test_a_contact_without_its_reference_is_made_once_too(scene: Scene, kind: st
         return str(body.get("external_ref")).startswith("REVU-")
 
     scene.fault("409", "rev-users.create", match=is_system)
-    scene.fault(kind, "rev-users.create", match=lambda body: not moves_reference(body), times=1)
+    if kind == "kill":  # when it is made: the next run knows who was there before
+        scene.kill("hearing of rev-users.create", 3)
+    else:
+        scene.fault(kind, "rev-users.create", match=lambda body: not moves_reference(body), times=1)
     run = scene.undo(None, "--merge-timeout", "6")
-    assert run.code == (0 if kind == "reset-after" else 1)
+    assert run.code == {"reset-before": 1, "reset-after": 0, "kill": None}[kind]
     run = scene.undo()
     third = next(one for one in run.report["undone"] if one["duplicate"]["display_id"] == "REVU-E1")
     assert "external_ref" in {item["what"] for item in third["not_restored"]}

@@ -153,10 +153,11 @@ class UndoChecker:
                 continue  # created for another pair
             now = self.organisation.contacts.get(one.id) or {}
             exists = self.organisation.alive(one.id) and one.email == now.get("email") == email
-            # Where it has a reference, DevRev creates no second one.
+            # Where it has a reference that was given, DevRev creates no second one.
             references = {one.reference, reference, now.get("external_ref")}
+            is_nameless = references <= {None, own_reference(one.id)}
             seen = self.checker.clock.now > one.at + self.checker.lag + 1 and not self.checker.lies
-            if exists and references == {None} and seen:
+            if exists and is_nameless and seen:
                 broken(TWO, f"{short(one.id)} exists already, with {email}")
 
     def _emails(self, ids: Ids) -> set[str]:
