@@ -4505,7 +4505,7 @@ class MergeGate:
     def __init__(self, cancel_token: CancelToken) -> None:
         self.confirmed = False
         self.one_at_a_time = False
-        self.requests = 0  # merge requests of the run
+        self.requested_pairs = 0  # by this run, but for what an earlier one was forbidden to merge
         self._under_way: set[str] = set()  # primaries of merges that this run has requested
         self._alone = ""  # the primary whose merge all others wait for
         self._waiting: list[asyncio.Future[None]] = []
@@ -4930,6 +4930,7 @@ class TransferVerifier:
         self.pair = pair
         self.priority = priority
         self.primary: Json = {}  # the primary's `rev_user`, as the last list of its email shows it
+        self.was_edited = False  # the same list shows that somebody gave the duplicate a reference
         self._kinds: set[str] = set()  # kinds of objects that have answered for this pair
         self._backed_up: BackedUp | None = None
 
@@ -5003,8 +5004,8 @@ class TransferVerifier:
         """Decide by lists where polls give no usable answer, and by objects where some tell.
 
         The lists of the duplicate's email and of its reference no longer show it as it was.
-        Where no object tells, the latter does not show it at all, and both are read twice: they
-        may lag.
+        Where no object tells, the former does not show it with a reference that somebody gave it,
+        and the latter not at all, and both are read twice: they may lag.
         """
         for pause in (0.0, min(10.0, self.context.options.merge_timeout / 4)):
             if pause:
@@ -5019,6 +5020,8 @@ class TransferVerifier:
             proof = await self.objects_prove()
             if proof is not None:
                 return proof
+            if self.was_edited:
+                return False
             if any(user["id"] == self.pair.duplicate.id and not is_gone(user) for user in holders):
                 return False
         return not await self._missing(self.backed_up.expected, FINISH)
@@ -5049,9 +5052,13 @@ class TransferVerifier:
         for listing in await together(*loads):
             users += listing.items
         self.primary = {}
+        self.was_edited = False
         for user in users:
             if user["id"] == self.pair.primary.id:
                 self.primary = user
+            if user["id"] == self.pair.duplicate.id:
+                has_none = not live_reference(user) or contact_of(user).is_system
+                self.was_edited = user.get("state") == "active" and not has_none
         return self._shows_duplicate(users)
 
     def _shows_duplicate(self, users: Iterable[Json]) -> bool:
@@ -5426,9 +5433,9 @@ class PairMerge:
         # The request was sent; the wait for its merge starts now.
         pair.move_to(State.REQUESTED)
         self._requested = self.context.environment.now()
+        if not self.was_forbidden and not self.requests_sent:
+            gate.requested_pairs += 1
         self.requests_sent += 1
-        if not self.was_forbidden:  # else a 403 says nothing of what the token may do
-            gate.requests += 1
         if refusal is None:
             if self._made_room and state is State.ACKNOWLEDGED and not gate.one_at_a_time:
                 gate.one_at_a_time = True
@@ -5502,8 +5509,9 @@ class PairMerge:
             return State.MERGED_ELSEWHERE
         code = "forbidden" if error.status == 403 else "merge_refused"
         self.rejection = PairError(code, str(error))
-        # The first request of a run shows whether the token may merge at all.
-        if error.status == 403 and self.context.gate.requests == 1 and not self.was_forbidden:
+        # The first pair of a run shows whether the token may merge at all.
+        is_alone = self.context.gate.requested_pairs == 1 and not self.was_forbidden
+        if error.status == 403 and is_alone:
             await self._stop_unless_merged(error)
         return State.REQUESTED
 

@@ -52,6 +52,16 @@ def test_without_objects_lists_decide_of_what_stays(scene: Scene, stays: str) ->
     assert scene.merge("--merge-timeout", "40").code == 0 and scene.merged(pair)
 
 
+def test_who_was_given_another_reference_and_is_still_active_is_not_called_merged(
+    scene: Scene,
+) -> None:
+    _, duplicate = scene.pair(1, (1, 0), talk=False)
+    scene.fault("merge-never")
+    give = {"external_ref": "user_by_hand"}
+    scene.after("rev-users.merge", lambda devrev: devrev.contacts[duplicate].update(give))
+    assert scene.merge(*QUICK).codes == {FIRST: "merge_not_confirmed"}
+
+
 def test_what_both_contacts_had_proves_nothing(scene: Scene) -> None:
     primary, duplicate = scene.pair(1, (0, 0), talk=False)
     scene.organisation.add_work(reported_by=[primary, duplicate])
@@ -175,6 +185,14 @@ def test_a_token_that_may_not_merge_ends_the_run_at_its_first_request(scene: Sce
     run = scene.merge()
     assert run.code == 2 and run.count("rev-users.merge") == 1 and "rev_user:all" in run.err
     assert scene.organisation.merges == []
+
+
+def test_it_ends_there_too_where_the_first_answer_was_lost(scene: Scene) -> None:
+    scene.pairs(2)
+    scene.world.forbidden = ("rev-users.merge",)
+    scene.fault("reset-before", "rev-users.merge", times=1)
+    assert scene.merge(*QUICK).code == 3  # the lost one may be carried out
+    assert len({one.body["secondary_user"] for one in scene.requests("rev-users.merge")}) == 1
 
 
 # -- how long is waited ----------------------------------------------------------------------------

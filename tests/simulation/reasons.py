@@ -35,7 +35,9 @@ class ReasonChecker:
         form = world.verified_shown
         if form == "mixed":
             form = ("shown", "hidden", "null")[numbers[ids[1]] % 3]
-        return bool(form == "shown" or world.verified_filter == "accepted")
+        # A list of unverified contacts may leave out a deleted one that others still show.
+        is_told_by_list = world.verified_filter == "accepted" and self.organisation.alive(ids[1])
+        return form == "shown" or is_told_by_list
 
     def is_listed(self, object_id: str) -> bool:
         """Whether lists show a work or a conversation to the token."""
