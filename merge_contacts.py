@@ -5731,7 +5731,8 @@ class PairMerge:
             raise PairError("still_listed", words)
         if pair.fields_to_carry and pair.carries_last:
             async with self.run.lock:
-                primary = await self._carry_fields(primary)
+                self.verifier.primary = await self._carry_fields(primary)
+            primary = await self._last_read()  # its reference may have been put back meanwhile
         pair.fields_lost = lost_fields(self.verifier.backed_up.duplicate, primary)
         pair.left_behind = []
         expected = {item["id"] for item in self.verifier.backed_up.expected}

@@ -528,6 +528,16 @@ def test_carried_fields_overwrite_nothing_that_was_written_meanwhile(
     assert set(contact["phone_numbers"]) == {"+15550100", "+15550101", "+15550199"}
 
 
+def test_a_reference_that_is_put_back_while_fields_are_carried_is_set_again(scene: Scene) -> None:
+    primary, _ = with_fields(scene)
+
+    def put_back(devrev: Organisation) -> None:
+        devrev.change(devrev.contacts[primary], external_ref="REVU-P1")
+
+    scene.before("rev-users.update", put_back, match=lambda body: "external_ref" not in body)
+    assert scene.merge("--carry-fields").code == 0 and scene.reference(primary) == "user_1"
+
+
 @pytest.mark.parametrize("calls", [6, 7, 8, 9])
 def test_between_a_read_and_carried_fields_nothing_is_waited_for(scene: Scene, calls: int) -> None:
     primary, _ = with_fields(scene)

@@ -457,8 +457,9 @@ class InvariantChecker:
             if contact == ids[0]:
                 refs |= moved
             emails = {row.key for row in rows}
-            if self.reasons.is_odd(contact):  # merged, and DevRev answers as before
-                since = self.organisation.merge_times[contact] - JITTER
+            merge_time = self.organisation.merge_times.get(contact)
+            if merge_time and self.reasons.is_odd(contact):  # merged, and DevRev answers as before
+                since = merge_time - JITTER
             good = [
                 one
                 for one in expected.versions(self.organisation, contact, since)
