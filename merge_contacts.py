@@ -9407,7 +9407,10 @@ async def merge(run: RunContext) -> int:
         record.csv = []
         for path in run.options.csv:
             record.csv.append({"path": str(path), "sha256": sha256_of(path)})
-        if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
+        # Where the folder is of another organisation than the CSV, the token tells which is right.
+        has_others = savepoint.organisation and savepoint.other_organisations()
+        has_more = has_others or any(savepoint.pairs(*UNFINISHED, State.CANCELLED))
+        if not plan.count() and not has_more:
             return finish_run(run, savepoint, EXIT_OK, plan)
         whose = await run.identify("CSV", plan.contacts)
         savepoint.organisation = run.organisation

@@ -643,3 +643,16 @@ def test_a_csv_of_another_organisation_stops_everything(scene: Scene) -> None:
     run = scene.merge()
     assert run.code == 2 and [one.endpoint for one in run.requests] == ["dev-users.self"]
     assert "another organisation" in run.err
+
+
+def test_it_does_so_too_where_it_has_nothing_to_merge_and_the_folder_has(scene: Scene) -> None:
+    scene.pair(1)
+    scene.fault("merge-never")
+    assert scene.merge(*QUICK).code == 1
+    other = Organisation("OTHERORG")
+    ids = [other.add_contact(f"P{n}", FIRST, f"user_{n}") for n in (1, 2)]
+    ids.append(other.add_contact("P3", "person3@example.com"))
+    (row, _) = scene.export_rows()
+    rows = [row._replace(id=ids[0]), row._replace(id=ids[1], ref="user_1")]
+    scene.write_csv([*rows, row._replace(id=ids[2], email="person3@example.com")])
+    assert scene.merge("--email", "person3@example.com").code == 2

@@ -254,7 +254,8 @@ class InvariantChecker:
     def _gives_reference(self, sent: Sent) -> bool:
         """Whether a request of an interrupted run gives a merged pair's primary its reference."""
         # A machine that sleeps meanwhile does not count the time.
-        if not self.interrupted <= sent.at <= self.interrupted + GRACE and not self.clock.slept:
+        end = self.interrupted + GRACE + JITTER  # it counts from when it has handled the signal
+        if not self.interrupted <= sent.at <= end and not self.clock.slept:
             return False
         whose = {"rev-users.update": (0,), "rev-users.get": (0, 1)}.get(sent.endpoint, ())
         for ids, row in self.latest.items():

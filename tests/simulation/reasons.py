@@ -258,7 +258,10 @@ class ReasonChecker:
         # Where a list has to be read contact by contact, or has empty pages:
         odd = bool(world.max_ids) + bool(world.empty_pages or world.trailing_page)
         least = 20 + 8 * pages + 40 * odd
-        return quota is not None and quota.limit * LISTED / quota.window < least
+        if quota is None:
+            return False
+        # Into a window of one, no read fits with the write that rests on it.
+        return quota.limit == 1 or quota.limit * LISTED / quota.window < least
 
     def group_of(self, ids: Ids) -> set[str]:
         found = set(ids)
