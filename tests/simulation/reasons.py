@@ -115,7 +115,11 @@ class ReasonChecker:
             broken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
 
     def _is_hidden(self, ids: Ids) -> bool:
-        return self.is_odd(ids[1]) or self._cannot_be_told(ids)
+        world = self.checker.fake_devrev
+        # What stays is told by objects alone, and they do not where one is left behind.
+        stays = world.gone_of.get(ids[1], world.gone) == "stays"
+        is_untold = stays and self.checker.leaves_behind(ids)
+        return is_untold or self.is_odd(ids[1]) or self._cannot_be_told(ids)
 
     def _judge_references(self, rows: Rows) -> None:
         """No reference is left on no contact without a report that names it."""
