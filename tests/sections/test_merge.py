@@ -71,6 +71,18 @@ def test_what_both_contacts_had_proves_nothing(scene: Scene) -> None:
     assert scene.merge(*QUICK).code == 1 and scene.count("rev-users.update") == 0
 
 
+def test_an_object_that_still_names_the_duplicate_proves_nothing(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1, (0, 1), talk=False)
+    scene.world.merge_delay = 9e9
+
+    def look_merged(devrev: Organisation) -> None:
+        devrev.give(works_of(devrev, duplicate)[0], "reported_by", [duplicate, primary])
+        lock(devrev, duplicate)
+
+    scene.after("rev-users.merge", look_merged)
+    assert scene.merge(*QUICK).code == 1 and scene.count("rev-users.update") == 0
+
+
 def test_one_object_of_two_proves_nothing(scene: Scene) -> None:
     primary, duplicate = scene.pair(1, (0, 2), talk=False)
     scene.world.merge_delay = 9e9

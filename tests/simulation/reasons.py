@@ -98,14 +98,16 @@ class ReasonChecker:
         return self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
 
     def objects_tell(self, ids: Ids, row: Any) -> bool:
-        """Whether a backup has an object of the duplicate alone, or a poll names the primary."""
+        """Whether a poll names the primary, or all that a backup has was moved, among it an object
+        of the duplicate alone."""
         world = self.checker.fake_devrev
         if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
             return True
         entries = expected.entries_of(row["backup"]).items()
         items = {contact: set(dict(expected.in_backup(entry))) for contact, entry in entries}
         mine = items.pop(ids[1], set()).difference(*items.values())
-        return any(expected.now_of(self.organisation, one) for one in mine)
+        has_one = any(expected.now_of(self.organisation, one) for one in mine)
+        return has_one and not self.checker.leaves_behind(ids)
 
     def _judge_ended(self, ids: Ids, state: str, row: Any) -> None:
         is_carried_out = state == "cancelled" and self.checker.into(ids)
@@ -115,11 +117,7 @@ class ReasonChecker:
             broken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
 
     def _is_hidden(self, ids: Ids) -> bool:
-        world = self.checker.fake_devrev
-        # What stays is told by objects alone, and they do not where one is left behind.
-        stays = world.gone_of.get(ids[1], world.gone) == "stays"
-        is_untold = stays and self.checker.leaves_behind(ids)
-        return is_untold or self.is_odd(ids[1]) or self._cannot_be_told(ids)
+        return self.is_odd(ids[1]) or self._cannot_be_told(ids)
 
     def _judge_references(self, rows: Rows) -> None:
         """No reference is left on no contact without a report that names it."""
@@ -163,6 +161,11 @@ class ReasonChecker:
         primary, duplicate = map(there.get, ids)
         references = [one.new_ref for pair, one in checker.plan.items() if pair[0] == ids[0]]
         left = [(one["id"], one["role"]) for one in entry.get("left_behind") or ()]
+        # A 404 tells of a deletion only where another object of its kind answers.
+        is_alone = False
+        for one, role in left:
+            others = organisation.table_of(one).find([(role, [ids[0]])])
+            is_alone |= kind_of(one) not in {kind_of(other["id"]) for other in others}
         is_missing = len(there) < len(group)
         has_another = primary is not None and primary["external_ref"] not in (reference, None)
         stays = duplicate is not None and (checker.lies or self._is_never_merged(ids))
@@ -189,7 +192,7 @@ class ReasonChecker:
                 one and not expected.holders(organisation, one) for one in references
             ),
             "external_ref_conflict": is_stuck or not can_be_freed,
-            "left_behind": not all(checker.belongs_to(*one, ids[0]) for one in left),
+            "left_behind": not all(checker.belongs_to(*one, ids[0]) for one in left) or is_alone,
             "still_listed": is_listed and shown == own_reference(ids[1]),
             "merged_into_another": organisation.survivor(ids[1]) != ids[0],
             "backup_failed": checker.backups_lost,

@@ -384,6 +384,8 @@ class UndoChecker:
             for one in objects:
                 people += expected.people_of(expected.now_of(organisation, one), USER_LISTS)
             is_gone = any(":revu/" in one and not organisation.alive(one) for one in people)
+            # So is the contact that the undo made, or took for its own, where others merged it on.
+            is_gone |= not organisation.alive((entry["contact"] or {}).get("id", ""))
             return is_gone or not all(map(self._may_be_written, objects))
         return code in ("forbidden", "api_error") and bool(
             {*ids, identity} & self.checker.reasons.trouble
