@@ -4111,11 +4111,12 @@ class SavePointFile:
             if "locking protocol" in text or not locks_work(self.path):
                 raise FatalError(EXIT_USAGE, f"{name} can't be locked: {NO_LOCKS}") from None
             if "locked" in text:
-                raise FatalError(EXIT_HELD, self._held()) from None
+                raise FatalError(EXIT_HELD, self.held_by()) from None
             words = f"{name} can't be written: {text}; nothing was changed"
             raise FatalError(EXIT_STOPPED, words) from None
 
-    def _held(self) -> str:
+    def held_by(self) -> str:
+        """Say that another run is using the file, and which, where that is known."""
         words = f"another run is using {self.path}"
         with contextlib.suppress(sqlite3.Error, KeyError, FatalError):
             holder = SavePoint(self.environment, readonly=True).holder
@@ -5513,8 +5514,8 @@ class PairMerge:
         code = "forbidden" if error.status == 403 else "merge_refused"
         self.rejection = PairError(code, str(error))
         # The first pair of a run shows whether the token may merge at all.
-        is_alone = self.context.gate.requested_pairs == 1 and not self.was_forbidden
-        if error.status == 403 and is_alone:
+        is_first_pair = self.context.gate.requested_pairs == 1 and not self.was_forbidden
+        if error.status == 403 and is_first_pair:
             await self._stop_unless_merged(error)
         return State.REQUESTED
 
@@ -10179,8 +10180,7 @@ async def check_savepoint(run: RunContext) -> str:
         raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent}: {NO_LOCKS}")
     with open_savepoint(run, readonly=True) as savepoint:
         if savepoint.is_held():
-            holder = f"process {savepoint.holder.get('pid')} holds {SAVEPOINT}"
-            raise FatalError(EXIT_HELD, f"a run is in progress: {holder}")
+            raise FatalError(EXIT_HELD, savepoint.main.held_by())
         check_not_restored(savepoint)
         return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 

@@ -430,7 +430,7 @@ def test_check_says_that_a_savepoint_is_held_which_no_run_has_written_yet(scene:
     with contextlib.closing(sqlite3.connect("savepoint.db")) as db:
         db.execute("BEGIN EXCLUSIVE")
         run = scene.run("--check")
-    assert run.code == 2 and "a run is in progress" in run.out
+    assert run.code == 2 and "another run is using savepoint.db" in run.out
 
 
 def test_check_names_a_file_where_a_run_needs_a_folder(scene: Scene) -> None:
