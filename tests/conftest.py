@@ -12,9 +12,11 @@ from tests.simulation.scene import Scene
 from tests.simulation.world import WAIVED
 from tests.support import SCRIPT, Workplace
 
-# A share of the examples in the fast run, all of them in CI.
-settings.register_profile("quick", max_examples=30)
-settings.register_profile("thorough", max_examples=100)
+# A share of the examples in the fast run, all of them in CI: always the same ones, so that nobody's
+# commit is drawn a fault of another's. `search` draws new ones.
+settings.register_profile("quick", max_examples=30, derandomize=True)
+settings.register_profile("thorough", max_examples=100, derandomize=True)
+settings.register_profile("search", max_examples=300)
 settings.load_profile("quick")
 
 
