@@ -101,7 +101,9 @@ class ReasonChecker:
         """Whether a poll names the primary, or all that a backup has was moved, among it an object
         of the duplicate alone."""
         world = self.checker.fake_devrev
-        if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
+        form = world.gone_of.get(ids[1], world.gone)
+        names_primary = form in ("301", "primary", "shadow", "unassigned")
+        if names_primary and form != world.stays:  # what stays has no primary_identity
             return True
         entries = expected.entries_of(row["backup"]).items()
         items = {contact: set(dict(expected.in_backup(entry))) for contact, entry in entries}
